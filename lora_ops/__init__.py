@@ -1,0 +1,1 @@
+"""Multi-LoRA shrink and expand kernels."""

@@ -1,0 +1,1 @@
+"""Routed-expert (MoE) kernels."""

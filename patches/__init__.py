@@ -1,0 +1,1 @@
+"""Patches that put our kernels into serving hosts."""
