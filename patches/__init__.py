@@ -1,1 +1,1 @@
-"""Patches that put our kernels into serving hosts."""
+"""Patches for serving engines: the engine that applies them, and one table per patched host path."""

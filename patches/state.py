@@ -1,0 +1,134 @@
+"""Status files: every patched process writes <pid>.json, so that other processes can see what it did.
+
+The folder is LORA_OPS_STATUS_DIR, or <temporary folder>/lora_ops-<uid>. A file is replaced atomically, removed when its
+process exits, and skipped and cleaned when its process is gone.
+"""
+
+import atexit
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger("lora_ops")
+
+STATUS_DIR = "LORA_OPS_STATUS_DIR"
+INTERVAL_S = 1.0
+
+_providers: dict[str, Callable[[], dict]] = {}
+_lock = threading.Lock()
+_last = float("-inf")
+_pending: threading.Timer | None = None
+_broken = False
+
+
+def directory() -> Path:
+    """The folder of the status files, whether or not it exists."""
+    configured = os.environ.get(STATUS_DIR)
+    return Path(configured) if configured else Path(tempfile.gettempdir()) / f"lora_ops-{os.getuid()}"
+
+
+def register(name: str, provider: Callable[[], dict]) -> None:
+    """Publish `provider()` under `name` from now on."""
+    if not _providers:
+        atexit.register(remove)
+    _providers[name] = provider
+
+
+def publish(force: bool = False) -> None:
+    """Write this process's status file, at most once a second unless `force`.
+
+    A call that comes too early is made up for when the second is over, so the file never lags more than that. Does
+    nothing before something is registered. A folder that cannot be written is one warning, never an error.
+    """
+    global _last, _pending
+    if not _providers or _broken:
+        return
+    wait = _last + INTERVAL_S - time.monotonic()
+    if wait > 0 and not force:
+        if _pending is None:
+            with _lock:
+                if _pending is None:
+                    _pending = threading.Timer(wait, publish, kwargs={"force": True})
+                    _pending.daemon = True
+                    _pending.start()
+        return
+    with _lock:
+        _last, _pending = time.monotonic(), None
+        _write()
+
+
+def remove() -> None:
+    """Remove this process's status file."""
+    _file(os.getpid()).unlink(missing_ok=True)
+
+
+def processes() -> list[dict]:
+    """The status of every live process, by pid: {"pid", "started", "written", <registered name>: {...}}."""
+    found = []
+    for path in sorted(directory().glob("*.json"), key=lambda path: path.name.zfill(24)):
+        try:
+            status = json.loads(path.read_text())
+        except (FileNotFoundError, PermissionError, json.JSONDecodeError):
+            continue
+        if _alive(status):
+            found.append(status)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _file(pid: int) -> Path:
+    return directory() / f"{pid}.json"
+
+
+def _write() -> None:
+    global _broken
+    pid = os.getpid()
+    status = {"pid": pid, "started": _started(pid), "written": time.time()}
+    status |= {name: provider() for name, provider in _providers.items()}
+    path = _file(pid)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.parent.stat().st_uid != os.getuid():
+            raise PermissionError(f"{path.parent} belongs to another user")
+        part.write_text(json.dumps(status))
+        part.replace(path)
+    except OSError as exc:
+        _broken = True
+        logger.warning("lora_ops: no status file for pid %d: %s; set %s to a folder of yours", pid, exc, STATUS_DIR)
+
+
+def _started(pid: int) -> int | None:
+    """Start time of a live process in clock ticks since boot; None when it is gone, or /proc does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # from field 3 on: the name before may hold spaces
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def _alive(status: dict) -> bool:
+    if status["started"] is not None:  # tells a reused pid too
+        return _started(status["pid"]) == status["started"]
+    try:
+        os.kill(status["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _after_fork() -> None:
+    global _lock, _last, _pending
+    _lock, _last, _pending = threading.Lock(), float("-inf"), None
+
+
+os.register_at_fork(after_in_child=_after_fork)
