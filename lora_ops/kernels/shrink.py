@@ -1,0 +1,220 @@
+"""LoRA shrink: out[s, m] = scale * A_s[slot[m]] @ x[m], for up to three slices s of a layer.
+
+tile of rows with one slot -> chunks of K -> fp32 partial sums
+
+Shapes: x [M, K], A_s [L, R, K], out fp32 [C, S, M, R]. With C = 1 the sum over K is complete. With C > 1 each of the C
+chunks of K is a plane of its own, computed by its own program, and the reader adds the planes up (split-K without
+atomics and without a zero fill). Both ways add the same chunks in the same order, and a row never meets another row's
+values, so a row's bits depend neither on the batch nor on the tile size.
+
+Source: bgmv/sgmv of Punica (Chen et al. 2023, arXiv:2310.18547); S-LoRA (Sheng et al. 2023, arXiv:2311.03285).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..config import ShrinkConfig, chunk_k
+from .launch import Tiles, slice_pointers
+from .tiles import load_tile, select_slice
+
+
+@triton.jit
+def chunk_dot(
+    x_ptr,  # first element of K of each row  [BLOCK_M, 1]
+    a_ptr,  # first element of K of each rank  [1, BLOCK_N]
+    live,  # [BLOCK_M]
+    ranks,  # [BLOCK_N]
+    first_k,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x @ A^T over one chunk of K, fp32 [BLOCK_M, BLOCK_N]."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    for k0 in range(first_k, tl.minimum(first_k + CHUNK_K, K), BLOCK_K):
+        x_mask = live[:, None]
+        if K % BLOCK_K == 0:
+            if RANK % BLOCK_N == 0:
+                a = tl.load(a_ptr + (k0 + k)[:, None])  # [BLOCK_K, BLOCK_N]
+            else:
+                a = tl.load(a_ptr + (k0 + k)[:, None], mask=(ranks < RANK)[None, :], other=0.0)
+        else:
+            in_k = k0 + k < K
+            x_mask = x_mask & in_k[None, :]
+            a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_k[:, None] & (ranks < RANK)[None, :], other=0.0)
+        x = tl.load(x_ptr + (k0 + k)[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(x, a, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["tiles_per_segment", "num_rows", "scale"])
+def shrink_kernel(
+    x_ptr,  # [M, K], rows x_stride apart
+    a0_ptr,  # [L, R, K]
+    a1_ptr,  # [L, R, K]
+    a2_ptr,  # [L, R, K]
+    out_ptr,  # fp32 [C, S, M, R]
+    slots_ptr,
+    rows_ptr,
+    lengths_ptr,
+    tiles_per_segment,
+    num_rows,
+    x_stride,
+    scale,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    A_SLOT_STRIDE: tl.constexpr,
+    A_ROW_STRIDE: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (tiles * C * S * ceil(R / BLOCK_N),), blocks of R fastest, then slices, chunks and tiles.
+
+    A program owns out[c, s, rows of its tile, block of R]; with C == 1 it walks all chunks of K itself. Rows of slot -1
+    become zero with C == 1, and are left alone with more planes, whose reader skips them.
+    """
+    NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
+    RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    block = pid % (RANK_BLOCKS * SLICES)
+    chunk = pid // (RANK_BLOCKS * SLICES) % PLANES
+    tile = pid // (RANK_BLOCKS * SLICES * PLANES)
+    lora_slice = block // RANK_BLOCKS
+    ranks = block % RANK_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
+    plane = (chunk * SLICES + lora_slice).to(tl.int64) * num_rows
+    out = out_ptr + (plane + rows)[:, None] * RANK + ranks[None, :]  # [BLOCK_M, BLOCK_N]
+    out_mask = live[:, None] & (ranks < RANK)[None, :]
+    if slot < 0:
+        if PLANES == 1:
+            if slot == -1:
+                tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), mask=out_mask)
+        return
+
+    x = x_ptr + rows[:, None].to(tl.int64) * x_stride
+    a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
+    a += slot.to(tl.int64) * A_SLOT_STRIDE + ranks[None, :] * A_ROW_STRIDE
+    if PLANES > 1:
+        total = chunk_dot(x, a, live, ranks, chunk * CHUNK_K, K, RANK, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K) * scale
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for c in range(NUM_CHUNKS):
+            total += chunk_dot(x, a, live, ranks, c * CHUNK_K, K, RANK, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K) * scale
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(out, total, mask=out_mask)
+
+
+@triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
+def sum_planes_kernel(
+    planes_ptr,  # fp32 [C, S, M, R]
+    out_ptr,  # fp32 [S, M, R]
+    slots_ptr,
+    rows_ptr,
+    lengths_ptr,
+    tiles_per_segment,
+    num_rows,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Grid: (tiles * S,), slices fastest. A program owns out[s, rows of its tile, :]; rows of slot -1 become zero."""
+    pid = tl.program_id(0)
+    lora_slice = pid % SLICES
+    slot, rows, live = load_tile(
+        pid // SLICES, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
+    )
+    if slot == -2:
+        return
+    ranks = tl.arange(0, BLOCK_R)
+    mask = live[:, None] & (ranks < RANK)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if slot >= 0:
+        for c in tl.static_range(PLANES):
+            plane = (c * SLICES + lora_slice).to(tl.int64) * num_rows
+            total += tl.load(planes_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + (lora_slice.to(tl.int64) * num_rows + rows)[:, None] * RANK + ranks[None, :], total, mask=mask)
+
+
+def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles) -> None:
+    """out [S, M, R] = sum of planes [C, S, M, R] for the rows of the tiles, in the order in which expand adds them."""
+    num_planes, slices, num_rows, rank = planes.shape
+    sum_planes_kernel[(tiles.count * slices,)](
+        planes,
+        out,
+        *tiles.pointers,
+        tiles.per_segment,
+        num_rows,
+        RANK=rank,
+        SLICES=slices,
+        PLANES=num_planes,
+        TILES=tiles.mode,
+        BLOCK_M=tiles.rows,
+        BLOCK_R=triton.next_power_of_2(rank),
+    )
+
+
+def shrink(
+    x: torch.Tensor,
+    lora_a: list[torch.Tensor],
+    out: torch.Tensor,
+    tiles: Tiles,
+    scale: float,
+    config: ShrinkConfig,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Launch the shrink of up to three slices.
+
+    Args:
+        x: [M, K], rows of stride x.stride(0), last dimension contiguous.
+        lora_a: S tensors [L, R, K] of equal shape and strides, last dimension contiguous.
+        out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K.
+        tiles: which rows belong to which slot.
+        pdl: let the next kernel of the stream start early; it must wait by itself.
+    """
+    planes, slices, num_rows, rank = out.shape
+    k = x.shape[1]
+    weight = lora_a[0]
+    grid = (tiles.count * planes * slices * triton.cdiv(rank, config.block_n),)
+    shrink_kernel[grid](
+        x,
+        *slice_pointers(lora_a),
+        out,
+        *tiles.pointers,
+        tiles.per_segment,
+        num_rows,
+        x.stride(0),
+        scale,
+        K=k,
+        RANK=rank,
+        SLICES=slices,
+        A_SLOT_STRIDE=weight.stride(0),
+        A_ROW_STRIDE=weight.stride(1),
+        CHUNK_K=chunk_k(k),
+        PLANES=planes,
+        TILES=tiles.mode,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PDL=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

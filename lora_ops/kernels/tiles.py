@@ -1,0 +1,54 @@
+"""How a program finds its rows: the tiles of a plan, single rows (bgmv) or segments (sgmv)."""
+
+import triton
+import triton.language as tl
+
+PLAN_TILES = tl.constexpr(0)
+ROW_TILES = tl.constexpr(1)
+SEGMENT_TILES = tl.constexpr(2)
+
+
+@triton.jit
+def load_tile(
+    tile,
+    slots_ptr,  # int [T] (plan), [M] (rows) or [segments]
+    rows_ptr,  # int32 [T, BLOCK_M] (plan) or int [segments] first rows (segments)
+    lengths_ptr,  # int [segments] (segments)
+    tiles_per_segment,
+    num_rows,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Slot of a tile (-1: rows without adapter, -2: no tile), its rows [BLOCK_M] and which of them are live [BLOCK_M].
+
+    Rows outside 0..num_rows-1 are never live, whatever the tile says.
+    """
+    m = tl.arange(0, BLOCK_M)
+    if TILES == PLAN_TILES:
+        slot = tl.load(slots_ptr + tile).to(tl.int32)
+        rows = tl.load(rows_ptr + tile * BLOCK_M + m)
+        live = (rows >= 0) & (rows < num_rows)
+    elif TILES == ROW_TILES:
+        slot = tl.load(slots_ptr + tile).to(tl.int32)
+        rows = tile + m
+        live = (m == 0) & (rows < num_rows)
+    else:
+        segment = tile // tiles_per_segment
+        first = (tile % tiles_per_segment) * BLOCK_M
+        length = tl.load(lengths_ptr + segment).to(tl.int32)
+        slot = tl.load(slots_ptr + segment).to(tl.int32)
+        slot = tl.where(first < length, slot, -2)
+        rows = tl.load(rows_ptr + segment).to(tl.int32) + first + m
+        live = (first + m < length) & (rows < num_rows)
+    return slot, rows, live
+
+
+@triton.jit
+def select_slice(index, p0, p1, p2, SLICES: tl.constexpr):
+    """The pointer of slice `index`; all of them are 16-byte aligned or none is assumed to be."""
+    p = p0
+    if SLICES > 1:
+        p = tl.where(index == 1, p1, p)
+    if SLICES > 2:
+        p = tl.where(index == 2, p2, p)
+    return p

@@ -1,0 +1,555 @@
+"""The LoRA ops: torch custom ops over the Triton kernels on CUDA tensors, over `reference.py` on CPU tensors.
+
+With TRITON_INTERPRET=1 in the environment, CPU tensors run the kernels too, in Triton's interpreter.
+
+L adapter slots, M rows (tokens), K input features, R rank, S slices, N_s output features of slice s. Weights are
+A_s [L, R, K] and B_s [L, N_s, R] (or with a dimension of size 1 after L), fp16, bf16 or fp32; ranks are 1 to 512. Every
+op is deterministic, and a row's result does not depend on the other rows of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ops_patches import counters
+
+from . import checks, reference
+from .config import MAX_SLICES, chunk_k, expand_config, shrink_config
+from .plan import TILE_ROWS, LoraPlan, plan_layout, tile_count_bound, tile_rows_for
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_library = torch.library.Library("lora_ops", "DEF")
+
+
+def _register(schema: str) -> Callable[[Callable], Callable]:
+    """Register a function that mutates its arguments and returns nothing as torch.ops.lora_ops.<name>.
+
+    Each call is counted: hit, or error before the exception goes on.
+    """
+    name = schema.split("(")[0]
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def counted(*args, **kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                counters.error(name, type(error))
+                raise
+            counters.hit(name)
+
+        _library.define(f"{schema} -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
+        _library.impl(name, counted, "CPU")
+        _library.impl(name, counted, "CUDA")
+        torch.library.register_fake(f"lora_ops::{name}", lambda *args, **kwargs: None, lib=_library)
+        return function
+
+    return register
+
+
+def _uses_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda or INTERPRET
+
+
+@functools.cache
+def _supports_pdl(device_index: int) -> bool:
+    """Programmatic dependent launch: compute capability 9.0 and later."""
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+class _Slots(NamedTuple):
+    """What the reference needs of a plan."""
+
+    token_slots: torch.Tensor
+
+
+def _plan_slots(arena: torch.Tensor, counts: torch.Tensor, layout_args: Sequence[int]) -> _Slots:
+    return _Slots(plan_layout(*layout_args).section(arena, "token_slots")[: int(counts[0])])
+
+
+def _plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, rows: int):
+    """Tiles of `rows` rows of a plan, for a batch of num_rows rows."""
+    from .kernels.launch import Tiles
+    from .kernels.tiles import PLAN_TILES
+
+    layout = plan_layout(*layout_args)
+    tile_slots = layout.section(arena, f"tile_slots_{rows}")
+    tile_rows = layout.section(arena, f"tile_rows_{rows}")
+    count = min(tile_count_bound(num_rows, layout_args[1], rows), tile_slots.numel())
+    return Tiles(PLAN_TILES.value, count, rows, (tile_slots, tile_rows, tile_rows))
+
+
+def _row_tiles(slot_indices: torch.Tensor):
+    from .kernels.launch import Tiles
+    from .kernels.tiles import ROW_TILES
+
+    return Tiles(ROW_TILES.value, slot_indices.numel(), 16, (slot_indices, slot_indices, slot_indices))
+
+
+def _segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_length: int, token_nums: int):
+    from .kernels.launch import Tiles
+    from .kernels.tiles import SEGMENT_TILES
+
+    rows = tile_rows_for(token_nums)
+    per_segment = -(-max_seq_length // rows)
+    pointers = (slot_indices, seq_starts, seq_lengths)
+    return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, pointers, per_segment)
+
+
+def _num_planes(k: int, tile_rows: int) -> int:
+    """Chunks of K that get a plane each: all of them for small batches, which need the parallelism."""
+    return -(-k // chunk_k(k)) if tile_rows == 16 else 1
+
+
+def _shrink_kernels(x, lora_a, out, scale: float, tiles) -> None:
+    """Complete sums into out, fp32 [S, M, R]."""
+    from .kernels.shrink import shrink, sum_planes
+
+    k, rank = x.shape[1], lora_a[0].shape[1]
+    config = shrink_config(k, rank, tiles.rows)
+    num_planes = _num_planes(k, tiles.rows)
+    if num_planes == 1:
+        shrink(x, lora_a, out.unsqueeze(0), tiles, scale, config)
+    else:
+        planes = torch.empty((num_planes, *out.shape), dtype=torch.float32, device=out.device)
+        shrink(x, lora_a, planes, tiles, scale, config)
+        sum_planes(planes, out, tiles)
+
+
+def _expand_kernels(h, lora_b, y, offset: int, add_inputs: bool, tiles, pdl: bool = False) -> None:
+    """h [S, M, R], or planes [C, S, M, R] of it, into y."""
+    from .kernels.expand import expand
+
+    planes = h if h.ndim == 4 else h.unsqueeze(0)
+    config = expand_config(max(b.shape[1] for b in lora_b), planes.shape[3], tiles.rows)
+    expand(planes, lora_b, y, tiles, offset, add_inputs, config, pdl=pdl)
+
+
+def _linear_kernels(y, x, lora_a, lora_b, scale: float, offset: int, add_inputs: bool, tiles) -> None:
+    """Shrink into planes, expand from them; on Hopper and later the expand starts under the shrink's tail."""
+    from .kernels.shrink import shrink
+
+    k, rank = x.shape[1], lora_a[0].shape[1]
+    pdl = y.is_cuda and _supports_pdl(y.device.index)
+    planes = torch.empty(
+        (_num_planes(k, tiles.rows), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
+    )
+    shrink(x, lora_a, planes, tiles, scale, shrink_config(k, rank, tiles.rows), pdl=pdl)
+    _expand_kernels(planes, lora_b, y, offset, add_inputs, tiles, pdl=pdl)
+
+
+_compiled: set[tuple] = set()
+
+
+def _run_plan(kernels: Callable, layer: tuple, arena: torch.Tensor, layout: Sequence[int], num_rows: int) -> None:
+    """Run `kernels(tiles)` over the tiles of a plan.
+
+    The first time that a layer is seen, its kernels are compiled for every tile size (a launch of no tiles compiles): a
+    server sees all its layers while it profiles, so nothing is left to compile while it serves.
+    """
+    if layer not in _compiled and not INTERPRET:
+        _compiled.add(layer)
+        for rows in TILE_ROWS:
+            kernels(replace(_plan_tiles(arena, layout, num_rows, rows), count=0))
+    kernels(_plan_tiles(arena, layout, num_rows, tile_rows_for(num_rows)))
+
+
+def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
+    """What a kernel is compiled for: device, and dtype, columns and strides of each tensor."""
+    return (name, tensors[0].device, *((t.dtype, t.shape[1:], t.stride()) for t in tensors))
+
+
+def _slice_groups(slices: int) -> Iterator[slice]:
+    """Slices of a layer, as many at a time as the kernels take."""
+    for first in range(0, slices, MAX_SLICES):
+        yield slice(first, min(first + MAX_SLICES, slices))
+
+
+def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
+
+
+def _check_plan_rows(op: str, plan: LoraPlan, rows: int) -> None:
+    if plan.num_tokens > rows:
+        raise ValueError(f"{op}: the plan is for {plan.num_tokens} tokens, but there are {rows} rows: update the plan")
+
+
+PLAN_SCHEMA = "Tensor arena, Tensor counts, int[] layout"
+
+
+@_register(f"lora_shrink(Tensor x, Tensor[] lora_a, Tensor(a!) out, {PLAN_SCHEMA}, float scale)")
+def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
+    op = "lora_shrink"
+    weights = checks.flat_weights(op, "lora_a", lora_a)
+    rank = checks.rank_of(op, "lora_a", weights[0], 1)
+    checks.input_rows(op, x, weights[0])
+    checks.planes(op, "out", out, len(weights), x.shape[0], rank, weights[0].device)
+    checks.shrink_output(op, out)
+    checks.same_shapes(op, "lora_a", weights)
+    checks.plan_fits(op, weights[0], layout[1], arena)
+    if x.shape[0] == 0:
+        return
+    if not _uses_kernels(x):
+        reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
+        return
+    for group in _slice_groups(len(weights)):
+        kernels = functools.partial(_shrink_kernels, x, weights[group], out[group], scale)
+        _run_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, x.shape[0])
+
+
+@_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
+def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
+    op = "lora_expand"
+    weights = checks.flat_weights(op, "lora_b", lora_b)
+    rank = checks.rank_of(op, "lora_b", weights[0], 2)
+    checks.matrix(op, "y", y, weights[0].device)
+    checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
+    checks.window(op, y, offset, sum(b.shape[1] for b in weights))
+    checks.plan_fits(op, weights[0], layout[1], arena)
+    if y.shape[0] == 0 or (add_inputs and counts[1] == 0):
+        return
+    if not _uses_kernels(y):
+        reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
+        return
+    for group in _slice_groups(len(weights)):
+        kernels = functools.partial(_expand_kernels, h[group].contiguous(), weights[group], y, offset, add_inputs)
+        _run_plan(kernels, (_layer_key(op, y, *weights[group]), h.dtype, add_inputs), arena, layout, y.shape[0])
+        offset += sum(b.shape[1] for b in weights[group])
+
+
+@_register(
+    f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, "
+    "float scale, int offset, bool add_inputs)"
+)
+def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs):
+    op = "lora_linear"
+    if len(lora_a) != len(lora_b):
+        raise ValueError(f"{op}: lora_a has {len(lora_a)} slices, lora_b has {len(lora_b)}")
+    a, b = checks.flat_weights(op, "lora_a", lora_a), checks.flat_weights(op, "lora_b", lora_b)
+    rank = checks.rank_of(op, "lora_a", a[0], 1)
+    if b[0].shape[2] != rank or b[0].shape[0] != a[0].shape[0] or b[0].dtype != a[0].dtype:
+        raise ValueError(
+            f"{op}: lora_a is {a[0].dtype} {tuple(a[0].shape)} and lora_b {b[0].dtype} {tuple(b[0].shape)}: "
+            "slots, rank and dtype must agree"
+        )
+    checks.same_shapes(op, "lora_a", a)
+    checks.input_rows(op, x, a[0])
+    checks.matrix(op, "y", y, b[0].device)
+    checks.same_rows(op, x=x.shape[0], y=y.shape[0])
+    checks.window(op, y, offset, sum(weight.shape[1] for weight in b))
+    checks.plan_fits(op, a[0], layout[1], arena)
+    if x.shape[0] == 0 or (add_inputs and counts[1] == 0):
+        return
+    if not _uses_kernels(x):
+        reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
+        return
+    for group in _slice_groups(len(a)):
+        kernels = functools.partial(_linear_kernels, y, x, a[group], b[group], scale, offset, add_inputs)
+        _run_plan(kernels, (_layer_key(op, x, y, *a[group], *b[group]), add_inputs), arena, layout, x.shape[0])
+        offset += sum(weight.shape[1] for weight in b[group])
+
+
+def _classic_weight(op: str, name: str, weight: torch.Tensor, rank_dim: int) -> torch.Tensor:
+    flat = checks.flat_weights(op, name, [weight])[0]
+    checks.rank_of(op, name, flat, rank_dim)
+    return flat
+
+
+def _check_shrink(op: str, x, weight, out) -> None:
+    checks.input_rows(op, x, weight)
+    checks.matrix(op, "out", out, weight.device, weight.shape[1])
+    checks.shrink_output(op, out)
+    checks.same_rows(op, x=x.shape[0], out=out.shape[0])
+
+
+def _check_expand(op: str, x, weight, out, offset: int, width: int) -> None:
+    checks.matrix(op, "x", x, weight.device, weight.shape[2])
+    checks.matrix(op, "out", out, weight.device)
+    checks.same_rows(op, x=x.shape[0], out=out.shape[0])
+    checks.window(op, out, offset, width)
+    if width != weight.shape[1]:
+        raise ValueError(f"{op}: slice_size is {width}, but lora_b has {weight.shape[1]} output features")
+
+
+def _check_segments(op: str, seq_starts, seq_lengths, slots, batches: int, max_seq_length: int, rows: int) -> None:
+    for name, tensor in (("seq_starts", seq_starts), ("seq_lengths", seq_lengths), ("slot_indices", slots)):
+        if tensor.ndim != 1 or tensor.shape[0] < batches:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least {batches} segments")
+        if tensor.device != slots.device or tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, expected integers on {slots.device}")
+    checks.segments(op, seq_starts[:batches], seq_lengths[:batches], max_seq_length, rows)
+
+
+@_register("bgmv_shrink(Tensor x, Tensor lora_a, Tensor(a!) out, Tensor slot_indices, float scale)")
+def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
+    op = "bgmv_shrink"
+    weight = _classic_weight(op, "lora_a", lora_a, 1)
+    _check_shrink(op, x, weight, out)
+    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
+    checks.indices(op, slot_indices, weight.shape[0], weight.device)
+    if x.shape[0] == 0:
+        return
+    if _uses_kernels(x):
+        _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _row_tiles(slot_indices))
+    else:
+        reference.bgmv_shrink(x, weight, out, slot_indices, scale)
+
+
+@_register(
+    "bgmv_expand_slice(Tensor x, Tensor lora_b, Tensor(a!) out, Tensor slot_indices, "
+    "int slice_offset, int slice_size, bool add_inputs)"
+)
+def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, add_inputs):
+    op = "bgmv_expand_slice"
+    weight = _classic_weight(op, "lora_b", lora_b, 2)
+    _check_expand(op, x, weight, out, slice_offset, slice_size)
+    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
+    checks.indices(op, slot_indices, weight.shape[0], weight.device)
+    if x.shape[0] == 0:
+        return
+    if _uses_kernels(x):
+        h = x.contiguous().unsqueeze(0)
+        _expand_kernels(h, [weight], out, slice_offset, add_inputs, _row_tiles(slot_indices))
+    else:
+        reference.bgmv_expand_slice(x, weight, out, slot_indices, slice_offset, slice_size, add_inputs)
+
+
+SEGMENT_SCHEMA = (
+    "Tensor seq_starts, Tensor seq_lengths, Tensor slot_indices, int batches, int max_seq_length, int token_nums"
+)
+
+
+@_register(f"sgmv_shrink(Tensor x, Tensor lora_a, Tensor(a!) out, {SEGMENT_SCHEMA}, float scale)")
+def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums, scale):
+    op = "sgmv_shrink"
+    weight = _classic_weight(op, "lora_a", lora_a, 1)
+    _check_shrink(op, x, weight, out)
+    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0])
+    checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
+    segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
+    if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
+        return
+    if _uses_kernels(x):
+        _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _segment_tiles(*segments))
+    else:
+        reference.sgmv_shrink(x, weight, out, *segments, scale)
+
+
+@_register(
+    f"sgmv_expand_slice(Tensor x, Tensor lora_b, Tensor(a!) out, {SEGMENT_SCHEMA}, "
+    "int slice_offset, int slice_size, bool add_inputs)"
+)
+def _sgmv_expand_slice(
+    x,
+    lora_b,
+    out,
+    seq_starts,
+    seq_lengths,
+    slot_indices,
+    batches,
+    max_seq_length,
+    token_nums,
+    slice_offset,
+    slice_size,
+    add_inputs,
+):
+    op = "sgmv_expand_slice"
+    weight = _classic_weight(op, "lora_b", lora_b, 2)
+    _check_expand(op, x, weight, out, slice_offset, slice_size)
+    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0])
+    checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
+    segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
+    if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
+        return
+    if _uses_kernels(x):
+        h = x.contiguous().unsqueeze(0)
+        _expand_kernels(h, [weight], out, slice_offset, add_inputs, _segment_tiles(*segments))
+    else:
+        reference.sgmv_expand_slice(x, weight, out, *segments, slice_offset, slice_size, add_inputs)
+
+
+def lora_shrink(
+    x: torch.Tensor, lora_a: Sequence[torch.Tensor], out: torch.Tensor, plan: LoraPlan, scale: float = 1.0
+) -> None:
+    """out[s, m] = scale * A_s[slot[m]] @ x[m], for all slices of a layer.
+
+    Args:
+        x: [M, K], the dtype of lora_a; rows may be strided. M may exceed the plan's tokens (padding): those rows of
+            `out` stay as they are.
+        lora_a: S tensors [L, R, K] of equal shape.
+        out: fp32 [S, M, R], contiguous. Rows without adapter become zero.
+        plan: slots of the tokens.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and what to do.
+    """
+    _check_plan_rows("lora_shrink", plan, x.shape[0])
+    torch.ops.lora_ops.lora_shrink(x, list(lora_a), out, *_plan_args(plan), float(scale))
+
+
+def lora_expand(
+    h: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    y: torch.Tensor,
+    plan: LoraPlan,
+    offset: int = 0,
+    add_inputs: bool = True,
+) -> None:
+    """y[m, columns of slice s] (+)= B_s[slot[m]] @ h[s, m]; slices stand side by side from column `offset`.
+
+    Args:
+        h: [S, M, R], any floating dtype; rounded to the dtype of lora_b before the product.
+        lora_b: S tensors [L, N_s, R]; the widths may differ.
+        y: [M, at least offset + sum of N_s]; rows may be strided. Rows without adapter stay as they are with
+            add_inputs, and become zero without.
+        plan: slots of the tokens.
+        add_inputs: add to y (rounded once, after the sum in fp32) or overwrite it.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and what to do.
+    """
+    _check_plan_rows("lora_expand", plan, y.shape[0])
+    torch.ops.lora_ops.lora_expand(h, list(lora_b), y, *_plan_args(plan), offset, add_inputs)
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    plan: LoraPlan,
+    scale: float = 1.0,
+    offset: int = 0,
+    add_inputs: bool = True,
+) -> None:
+    """y[m, columns of slice s] (+)= scale * B_s[slot[m]] @ (A_s[slot[m]] @ x[m]): one call a layer, all slices.
+
+    Shapes and rules are those of `lora_shrink` and `lora_expand`; the inner product [S, M, R] is kept in fp32 and
+    rounded to the dtype of lora_b once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message says which and what to do.
+    """
+    _check_plan_rows("lora_linear", plan, x.shape[0])
+    torch.ops.lora_ops.lora_linear(
+        y, x, list(lora_a), list(lora_b), *_plan_args(plan), float(scale), offset, add_inputs
+    )
+
+
+def bgmv_shrink(
+    x: torch.Tensor, lora_a: torch.Tensor, out: torch.Tensor, slot_indices: torch.Tensor, scale: float = 1.0
+) -> None:
+    """out[m] = scale * A[slot_indices[m]] @ x[m]: one slot a row (decode).
+
+    Args:
+        x: [M, K], the dtype of lora_a; rows may be strided.
+        lora_a: [L, R, K].
+        out: fp32 [M, R], contiguous; zero for index -1.
+        slot_indices: int [M] on the device of the weights, -1 = no adapter.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit. Indices are checked too, which waits for the GPU; inside a
+            CUDA graph capture they are not.
+    """
+    torch.ops.lora_ops.bgmv_shrink(x, lora_a, out, slot_indices, float(scale))
+
+
+def bgmv_expand(
+    x: torch.Tensor, lora_b: torch.Tensor, out: torch.Tensor, slot_indices: torch.Tensor, add_inputs: bool = True
+) -> None:
+    """out[m, :N] (+)= B[slot_indices[m]] @ x[m], with x [M, R] and B [L, N, R]; see `bgmv_expand_slice`."""
+    bgmv_expand_slice(x, lora_b, out, slot_indices, 0, lora_b.shape[-2], add_inputs)
+
+
+def bgmv_expand_slice(
+    x: torch.Tensor,
+    lora_b: torch.Tensor,
+    out: torch.Tensor,
+    slot_indices: torch.Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    """out[m, slice_offset : slice_offset + slice_size] (+)= B[slot_indices[m]] @ x[m].
+
+    Args:
+        x: [M, R], any floating dtype.
+        lora_b: [L, slice_size, R].
+        out: [M, at least slice_offset + slice_size]; rows may be strided. Index -1: untouched with add_inputs, zero
+            without.
+        slot_indices: int [M] on the device of the weights, -1 = no adapter.
+
+    Raises:
+        ValueError, TypeError: as `bgmv_shrink`.
+    """
+    torch.ops.lora_ops.bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, add_inputs)
+
+
+def sgmv_shrink(
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    out: torch.Tensor,
+    seq_starts: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    slot_indices: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    token_nums: int,
+    scale: float = 1.0,
+) -> None:
+    """bgmv_shrink with one slot a segment of rows (prefill).
+
+    Args:
+        x, lora_a, out: as `bgmv_shrink`; rows that no segment covers stay as they are.
+        seq_starts, seq_lengths, slot_indices: int [at least batches], first row, rows and slot of each segment.
+        batches: segments; max_seq_length: rows of the longest; token_nums: rows of all.
+
+    Raises:
+        ValueError, TypeError: as `bgmv_shrink`; also segments that leave the batch or exceed max_seq_length.
+    """
+    torch.ops.lora_ops.sgmv_shrink(
+        x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums, float(scale)
+    )
+
+
+def sgmv_expand(
+    x: torch.Tensor,
+    lora_b: torch.Tensor,
+    out: torch.Tensor,
+    seq_starts: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    slot_indices: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    token_nums: int,
+    add_inputs: bool = True,
+) -> None:
+    """bgmv_expand with one slot a segment of rows; arguments as `sgmv_shrink` and `bgmv_expand_slice`."""
+    segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
+    sgmv_expand_slice(x, lora_b, out, *segments, 0, lora_b.shape[-2], add_inputs)
+
+
+def sgmv_expand_slice(
+    x: torch.Tensor,
+    lora_b: torch.Tensor,
+    out: torch.Tensor,
+    seq_starts: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    slot_indices: torch.Tensor,
+    batches: int,
+    max_seq_length: int,
+    token_nums: int,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    """bgmv_expand_slice with one slot a segment of rows; arguments as `sgmv_shrink` and `bgmv_expand_slice`."""
+    segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
+    torch.ops.lora_ops.sgmv_expand_slice(x, lora_b, out, *segments, slice_offset, slice_size, add_inputs)
