@@ -4,6 +4,7 @@ Leaf module: imports neither the host nor anything else of this library. A count
 """
 
 import logging
+import os
 from collections import Counter
 
 logger = logging.getLogger("lora_ops")
@@ -46,3 +47,6 @@ def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     for (op, detail), count in dict(counts).items():
         nested.setdefault(op, {})[detail] = count
     return nested
+
+
+os.register_at_fork(after_in_child=reset)

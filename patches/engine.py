@@ -130,10 +130,12 @@ class PatchSet:
 
     def __post_init__(self) -> None:
         self._applied: list[Applied] = []
-        self._reasons: list[str] = []
+        self._reasons: list[str] = [f"not asked for: neither by a call nor by {self.env}=1"]
         self._fired: Counter[str] = Counter()
-        self._expected: tuple[str, ...] = ()
+        self._rows: tuple[Patch, ...] = ()
         self._env_before: str | None = None
+        self._facts: dict | None = None
+        os.register_at_fork(after_in_child=self._fired.clear)
 
     @property
     def is_patched(self) -> bool:
@@ -162,8 +164,11 @@ class PatchSet:
             return Handle(self, applied=False)
         _make_visible()
         self._reject_late()
+        self._facts = self._probe()  # looked up once: status() is called while serving
         self._reasons = self.verify() or self._apply()
+        state.register(self.name, self.status)
         if self._reasons:
+            state.publish(force=True)
             message = f"lora_ops: {self.name} is left unpatched:" + "".join(f"\n  - {r}" for r in self._reasons)
             if strict:
                 raise PatchError(message)
@@ -171,18 +176,16 @@ class PatchSet:
             return Handle(self, applied=False, reasons=tuple(self._reasons))
         self._env_before = os.environ.get(self.env)
         os.environ[self.env] = "1"
-        for applied in self._applied:
-            logger.debug("lora_ops: patched %s", applied.target)
         logger.info(
-            "lora_ops: patched %s (%d targets: %s) in pid %d",
-            " ".join(self.installed()),
+            "lora_ops: patched %s %s (%d targets) in pid %d: %s",
+            self._facts["host"],
+            self._facts["version"],
             len(self._applied),
-            ", ".join(applied.target for applied in self._applied),
             os.getpid(),
+            ", ".join(applied.target for applied in self._applied),
         )
-        for reason in self.unreached_children():
+        for reason in self._facts["unreached_children"]:
             logger.warning("lora_ops: only pid %d is patched, not its worker processes: %s", os.getpid(), reason)
-        state.register(self.name, self.status)
         state.publish(force=True)
         return Handle(self, applied=True)
 
@@ -204,6 +207,7 @@ class PatchSet:
         if not self.is_patched:
             return
         self._undo()
+        self._reasons = ["unpatched again"]
         if self._env_before is None:
             os.environ.pop(self.env, None)
         else:
@@ -272,27 +276,29 @@ class PatchSet:
         return []
 
     def status(self) -> dict:
-        """What is patched in this process, and what it did, as plain data.
+        """What is patched in this process, and what it did since, as plain data.
 
-        "never_fired" lists the patched targets that the host has never called, though it always should.
+        "reasons" says why it is not patched, "targets" how often the host called each replacement, "never_fired" which
+        ones it never called though it always should, "unreached_children" why its worker processes are not patched.
+        What was counted stays to be read after `unpatch`.
         """
+        return {
+            "pid": os.getpid(),
+            **(self._facts or self._probe()),
+            "patched": self.is_patched,
+            "reasons": list(self._reasons),
+            "targets": {row.target: self._fired[row.target] for row in self._rows},
+            "never_fired": [row.target for row in self._rows if not row.only_when and not self._fired[row.target]],
+            "counters": counters.snapshot(),
+            "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
+        }
+
+    def _probe(self) -> dict:
         try:
             distribution, version = self.installed()
         except PatchError:
             distribution = version = None
-        fired = {applied.target: self._fired[applied.target] for applied in self._applied}
-        return {
-            "pid": os.getpid(),
-            "host": distribution,
-            "version": version,
-            "patched": self.is_patched,
-            "reasons": list(self._reasons),
-            "targets": fired,
-            "never_fired": [target for target in self._expected if self.is_patched and not fired[target]],
-            "counters": counters.snapshot(),
-            "unreached_children": self.unreached_children(),
-            "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
-        }
+        return {"host": distribution, "version": version, "unreached_children": self.unreached_children()}
 
     def _reject_late(self) -> None:
         classes = []
@@ -313,12 +319,10 @@ class PatchSet:
     def _apply(self) -> list[str]:
         """Set every attribute; on an error undo and return the reason."""
         platform = self.platform()
-        rows = [row for row in self.patches if row.platform in ("", platform)]
-        self._fired.clear()
+        rows = tuple(row for row in self.patches if row.platform in ("", platform))
         try:
             for row in rows:
-                holder, name = _locate(row.target)
-                original = inspect.getattr_static(holder, name, getattr(holder, name))
+                original = _static(*_locate(row.target))
                 installed = self._replacement(row, original)
                 for target in (row.target, *row.also_bound_in):
                     holder, name = _locate(target)
@@ -328,7 +332,8 @@ class PatchSet:
         except Exception as exc:  # all or nothing, whatever a holder or a factory raises
             self._undo()
             return [f"{row.target} cannot be replaced: {type(exc).__name__}: {exc}"]
-        self._expected = tuple(row.target for row in rows if not row.only_when)
+        self._rows = rows
+        self._fired.clear()
         return []
 
     def _replacement(self, row: Patch, original: Any) -> Any:
@@ -373,22 +378,28 @@ def _locate(target: str) -> tuple[Any, str]:
     return functools.reduce(getattr, parents, importlib.import_module(module)), name
 
 
+def _static(holder: Any, name: str) -> Any:
+    """The attribute as it is stored, with its descriptor; what a module makes only when asked is taken from there."""
+    return inspect.getattr_static(holder, name, getattr(holder, name))
+
+
 def _misfits(target: str, signature: str, fields: tuple[str, ...] = (), assigns: tuple[str, ...] = ()) -> list[str]:
     """Every way in which the host's `target` differs from what the table says."""
     try:
-        holder, name = _locate(target)
-        value = inspect.getattr_static(holder, name, getattr(holder, name))  # a module may make it when asked
+        value = _static(*_locate(target))
     except Exception as exc:  # importing runs the host's code: whatever it raises is a reason
         return [f"{target} is not there: {type(exc).__name__}: {exc}"]
     function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
     reasons = []
     if signature:
+        if hasattr(function, MARKER):
+            reasons.append(f"{target} is patched already, by another copy of this library")
         try:
             if _parameters(function) != parameters(signature):
                 reasons.append(f"{target} takes {inspect.signature(function)}, expected {signature}")
         except (TypeError, ValueError) as exc:
             reasons.append(f"{target} has no signature: {exc}")
-    known = getattr(value, "__dataclass_fields__", None)
+    known = inspect.getattr_static(value, "__dataclass_fields__", None)
     missing = [field for field in fields if (field not in known if known is not None else not hasattr(value, field))]
     if missing:
         reasons.append(f"{target} has no {', '.join(missing)}")
@@ -401,11 +412,10 @@ def _misfits(target: str, signature: str, fields: tuple[str, ...] = (), assigns:
 
 def _alias_misfits(alias: str, target: str) -> list[str]:
     try:
-        (holder, name), (alias_holder, alias_name) = _locate(target), _locate(alias)
-        same = getattr(holder, name) is getattr(alias_holder, alias_name)
+        same = _static(*_locate(alias)) is _static(*_locate(target))
     except Exception as exc:
         return [f"{alias} is not there: {type(exc).__name__}: {exc}"]
-    return [] if same else [f"{alias} is not {target}: someone patched one of them"]
+    return [] if same else [f"{alias} is not {target}"]
 
 
 def _describe(value: Any) -> str:

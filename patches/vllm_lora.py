@@ -34,7 +34,10 @@ def platform() -> str:
     """
     from vllm.platforms import current_platform
 
-    wrapper = current_platform.get_punica_wrapper()
+    try:
+        wrapper = current_platform.get_punica_wrapper()
+    except NotImplementedError:
+        wrapper = "no LoRA wrapper"
     if wrapper == GPU_WRAPPER and (current_platform.is_cuda() or current_platform.is_out_of_tree()):
         return "cuda"
     if wrapper == CPU_WRAPPER:
