@@ -4,8 +4,8 @@ token_slots -> stable sort by slot -> groups -> tiles of 16 or 64 rows -> one in
 
 Sections of the arena (int32), L = max_slots, M = max_tokens:
 
-    token_slots      [M]       slot of each token, -1 = no adapter
-    order            [M]       tokens sorted by slot, stable (a permutation of 0..num_tokens-1)
+    token_slots      [M]       slot of each token, -1 = no adapter, padded with -1
+    order            [M]       tokens sorted by slot, stable (a permutation of 0..num_tokens-1), padded with 0
     active_slots     [L + 1]   the distinct slots, ascending, padded with -1
     tokens_per_slot  [L + 1]   tokens of each active slot, padded with 0
     slot_starts      [L + 2]   first position of each active slot in `order`, then num_tokens, padded with 0
@@ -127,6 +127,11 @@ class LoraPlan:
         return int(self.counts[1])
 
     @property
+    def num_groups(self) -> int:
+        """Distinct slots of the step, no adapter counted as one."""
+        return self._num_groups
+
+    @property
     def token_slots(self) -> torch.Tensor:
         """int32 [num_tokens]: slot of each token of the step, -1 = no adapter."""
         return self.section("token_slots")[: self.num_tokens]
@@ -144,7 +149,7 @@ class LoraPlan:
         slots = np.asarray(token_slots, dtype=np.int32)
         self._check(slots)
         staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        used, num_active = self._fill(staging.numpy(), slots, extra)
+        used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
         self.counts[0] = slots.size
         self.counts[1] = num_active
         self.arena[:used].copy_(staging[:used], non_blocking=True)
@@ -161,8 +166,8 @@ class LoraPlan:
                 f"token {bad} has adapter slot {int(slots[bad])}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
             )
 
-    def _fill(self, arena: np.ndarray, slots: np.ndarray, extra: Sequence[np.ndarray]) -> tuple[int, int]:
-        """Write all sections; returns the used prefix of the arena and the number of active adapters."""
+    def _fill(self, arena: np.ndarray, slots: np.ndarray, extra: Sequence[np.ndarray]) -> tuple[int, int, int]:
+        """Write all sections; returns the used prefix of the arena, the groups and the active adapters."""
         offsets = self.layout.offsets
 
         def view(name: str) -> np.ndarray:
@@ -177,19 +182,19 @@ class LoraPlan:
         ends = np.cumsum(tokens)
         group_slots = groups - 1
 
-        view("token_slots")[:num_tokens] = slots
-        view("order")[:num_tokens] = order
-        for name, values, padding in (
-            ("active_slots", group_slots, NO_ADAPTER),
-            ("tokens_per_slot", tokens, 0),
-            ("slot_starts", ends, 0),
-        ):
+        def write(name: str, values: np.ndarray, padding: int, first: int = 0) -> None:
             section = view(name)
-            section[:] = padding
-            first = int(name == "slot_starts")
-            section[first : first + groups.size] = values
+            section[first : first + len(values)] = values
+            section[first + len(values) :] = padding
+
+        write("token_slots", slots, NO_ADAPTER)
+        write("order", order, 0)
+        write("active_slots", group_slots, NO_ADAPTER)
+        write("tokens_per_slot", tokens, 0)
+        write("slot_starts", ends, 0, first=1)
+        view("slot_starts")[0] = 0
         for i, values in enumerate(extra):
-            view(f"extra_{i}")[: len(values)] = values
+            write(f"extra_{i}", values, 0)
 
         starts = ends - tokens
         if groups.size and group_slots[0] == NO_ADAPTER:  # tiles without adapter come last
@@ -211,4 +216,4 @@ class LoraPlan:
             tile_rows = view(f"tile_rows_{rows}")[: tiles * rows].reshape(tiles, rows)
             tile_rows[:] = np.where(live, order[position], -1) if tiles else -1
         num_active = int(np.count_nonzero(group_slots >= 0))
-        return offsets["tile_rows_64"][0] + tiles * TILE_ROWS[1], num_active
+        return offsets["tile_rows_64"][0] + tiles * TILE_ROWS[1], groups.size, num_active

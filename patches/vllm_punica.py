@@ -1,0 +1,160 @@
+"""What our GPU and CPU punica wrappers share: plans from vLLM's mapping, and the LoRA methods over our ops.
+
+vLLM traces these methods with torch.compile: they only reshape and call one custom op each. The plan's buffers never
+move, so they are constants of the traced graph; what changes from step to step is inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import lora_ops.ops  # registers torch.ops.lora_ops
+from lora_ops.plan import NO_ADAPTER, LoraPlan
+from ops_patches import counters, state
+
+
+def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) -> np.ndarray:
+    """Slot of each token from its adapter id (0 = no adapter) and the adapter of each slot (None = free), int32.
+
+    Raises:
+        ValueError: an adapter id that no slot holds.
+    """
+    ids = np.asarray(adapter_ids, dtype=np.int64)
+    held = [(adapter, slot) for slot, adapter in enumerate(slot_to_adapter) if adapter is not None]
+    held.append((0, NO_ADAPTER))
+    held.sort()
+    known, slots = (np.array(column, dtype=np.int64) for column in zip(*held, strict=True))
+    position = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    missing = known[position] != ids
+    if missing.any():
+        unknown = sorted({int(i) for i in ids[missing]})
+        raise ValueError(f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first")
+    return slots[position].astype(np.int32)
+
+
+class PlannedLora:
+    """LoRA methods of a punica wrapper that run on a plan. Mixed in before the host's wrapper class."""
+
+    plan: LoraPlan
+    sampler_plan: LoraPlan
+
+    def _make_plans(self, max_num_batched_tokens: int, max_loras: int, device: torch.device | str) -> None:
+        self.plan = LoraPlan(max_num_batched_tokens, max_loras, device, extra_tokens=1)
+        self.sampler_plan = LoraPlan(max_num_batched_tokens, max_loras, device)
+        self._sampler_slots = np.empty(0, dtype=np.int32)
+        self._plans_sampler = False
+
+    def _update_plans(self, mapping: Any, slot_to_adapter: Sequence[int | None], vocab_size: int) -> None:
+        """Plan of the tokens, with the row offset of each token's LoRA embedding; plan of the sampled positions."""
+        slots = slots_of(mapping.index_mapping, slot_to_adapter)
+        self.plan.update(slots, extra=(np.maximum(slots, 0) * vocab_size,))
+        self._sampler_slots = slots_of(mapping.prompt_mapping, slot_to_adapter)
+        if self._plans_sampler:
+            self.sampler_plan.update(self._sampler_slots)
+        counters.hit("update_metadata")
+        state.publish()
+
+    def _sampled(self) -> LoraPlan:
+        """Plan of the sampled positions: built each step once the model has turned out to need it."""
+        if not self._plans_sampler:
+            self._plans_sampler = True
+            self.sampler_plan.update(self._sampler_slots)
+        return self.sampler_plan
+
+    def add_shrink(self, y, x, lora_a_stacked, scale: float, **kwargs) -> None:
+        """y[s] = scale * A_s x for each slice s; y fp32 [S, M, R], zero for rows without adapter."""
+        x = x.view(-1, x.shape[-1])
+        torch.ops.lora_ops.lora_shrink(x, list(lora_a_stacked), y, *_plan_args(self.plan), scale)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs,
+    ) -> None:
+        """y[:, columns of slice s] (+)= B_s x[s], slices side by side from offset_start; x [S, M, R]."""
+        _check_slices("add_expand", lora_b_stacked, output_slices)
+        y = y.view(-1, y.shape[-1])
+        torch.ops.lora_ops.lora_expand(
+            x, list(lora_b_stacked), y, *_plan_args(self.plan), offset_start, add_inputs
+        )
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs
+    ) -> None:
+        """y (+)= B x, with x [M, R] the rows of lora_a that the tokens picked."""
+        torch.ops.lora_ops.lora_expand(x.unsqueeze(0), [lora_b_stacked], y, *_plan_args(self.plan), 0, add_inputs)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: torch.Tensor | None = None,
+        add_inputs: bool = True,
+        **kwargs,
+    ) -> None:
+        """y[:, columns of slice s] (+)= scale * B_s A_s x for all slices of a layer."""
+        if buffer is not None:
+            raise ValueError("add_lora_linear makes its own buffer: call it without one")
+        _check_slices("add_lora_linear", lora_b_stacked, output_slices)
+        torch.ops.lora_ops.lora_linear(
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
+            list(lora_a_stacked),
+            list(lora_b_stacked),
+            *_plan_args(self.plan),
+            scale,
+            0,
+            add_inputs,
+        )
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """y += scale * B A x for the sampled positions."""
+        if buffer is not None:
+            raise ValueError("add_lora_logits makes its own buffer: call it without one")
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        torch.ops.lora_ops.lora_linear(
+            y, x, [lora_a_stacked], [lora_b_stacked], *_plan_args(self._sampled()), scale, 0, True
+        )
+
+    def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
+        """y = W[slot] x + bias for the sampled positions whose adapter replaces the whole layer (classifier heads)."""
+        adapter_y = torch.empty((1, x.size(0), weight_stacked.size(-2)), dtype=torch.float32, device=x.device)
+        plan = self._sampled()
+        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *_plan_args(plan), 1.0)
+        self._sampler_indices[: plan.num_tokens].copy_(plan.token_slots)
+        self.indices_len[1] = plan.num_tokens
+        y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
+
+
+def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
+
+
+def _check_slices(method: str, lora_b_stacked: Sequence[torch.Tensor], output_slices: Sequence[int]) -> None:
+    widths = [b.shape[-2] for b in lora_b_stacked]
+    if widths != list(output_slices):
+        raise ValueError(f"{method}: lora_b has slices of {widths} columns, output_slices says {list(output_slices)}")

@@ -1,0 +1,55 @@
+"""Our subclass of vLLM's PunicaWrapperGPU; vLLM resolves it by name (see vllm_lora.py).
+
+The host's own metadata, which its fused-MoE LoRA methods read, are views of our plan: one copy a step fills both.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+from ops_patches import counters
+
+from .vllm_punica import PlannedLora
+
+MOE_REASON = "fused-MoE LoRA stays with vLLM's kernels"
+
+
+class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
+    """PunicaWrapperGPU whose LoRA layers run on lora_ops; fused-MoE LoRA stays the host's and is counted."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
+        PunicaWrapperGPU.__init__(self, max_num_batched_tokens, max_batches, device, **kwargs)
+        self._make_plans(max_num_batched_tokens, self.max_loras, device)
+        meta = self.token_mapping_meta
+        meta.token_lora_mapping = self.plan.section("token_slots")
+        meta.token_indices_sorted_by_lora_ids = self.plan.section("order")
+        meta.active_lora_ids = self.plan.section("active_slots")
+        meta.num_tokens_per_lora = self.plan.section("tokens_per_slot")
+        meta.lora_token_start_loc = self.plan.section("slot_starts")
+        offsets = self.plan.section("extra_0")
+        self._embeddings_indices = (
+            offsets.unsqueeze(0).expand(2, -1) if self._embeddings_indices.ndim == 2 else offsets
+        )
+
+    def update_metadata(self, mapping, lora_index_to_id, max_loras: int, vocab_size: int, **kwargs) -> None:
+        """Plan the step on the CPU and send it with one copy, without a sync."""
+        self.is_prefill = mapping.is_prefill
+        self._update_plans(mapping, lora_index_to_id, vocab_size)
+        meta = self.token_mapping_meta
+        groups = self.plan.num_groups
+        meta.no_lora_flag_cpu[0] = self.plan.num_active == 0
+        larger = bisect.bisect_left(meta.captured_lora_counts, groups)
+        if self.plan.num_active and larger < len(meta.captured_lora_counts):
+            groups = meta.captured_lora_counts[larger]
+        meta.num_active_loras_cpu[0] = groups if self.plan.num_active else 0
+
+    def moe_lora_align_block_size(self, *args, **kwargs):
+        counters.fallback("moe_lora_align_block_size", MOE_REASON)
+        return PunicaWrapperGPU.moe_lora_align_block_size(self, *args, **kwargs)
+
+    def add_lora_fused_moe(self, *args, **kwargs) -> None:
+        counters.fallback("add_lora_fused_moe", MOE_REASON)
+        PunicaWrapperGPU.add_lora_fused_moe(self, *args, **kwargs)
