@@ -224,24 +224,25 @@ class PatchSet:
         except PatchError as exc:
             return [str(exc)]
         tested = self.hosts[distribution]
-        if version not in SpecifierSet(tested):
+        if not _within(version, tested):
             return [f"{distribution} {version} is not one of the tested versions ({tested})"]
         try:
             platform = self.platform()
         except Exception as exc:  # the host's own code: whatever it raises is a reason
             return [f"the platform of {self.name} is unknown: {type(exc).__name__}: {exc}"]
         reasons = []
-        patches = [row for row in self.patches if row.platform in ("", platform)]
-        if not any(row.platform == platform for row in self.patches if row.platform):
-            reasons.append(f"there is nothing for the platform {platform}")
-        for row in patches:
-            if version not in SpecifierSet(row.versions):
+        known = {row.platform for row in self.patches if row.platform}
+        if known and platform not in known:
+            reasons.append(f"there is no patch for the platform {platform}, only for {', '.join(sorted(known))}")
+        for row in self._rows_for(platform):
+            if not _within(version, row.versions):
                 reasons.append(f"{row.target} ({platform}) is for {distribution} {row.versions}, this is {version}")
                 continue
-            reasons += _misfits(row.target, row.signature)
-            reasons += [r for alias in row.also_bound_in for r in _alias_misfits(alias, row.target)]
+            reasons += _misfits(row.target, row.signature) or [
+                reason for alias in row.also_bound_in for reason in _alias_misfits(alias, row.target)
+            ]
         for row in self.contracts:
-            if row.platform in ("", platform) and version in SpecifierSet(row.versions):
+            if row.platform in ("", platform) and _within(version, row.versions):
                 reasons += _misfits(row.target, row.signature, row.fields, row.assigns)
         return reasons
 
@@ -293,6 +294,9 @@ class PatchSet:
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }
 
+    def _rows_for(self, platform: str) -> tuple[Patch, ...]:
+        return tuple(row for row in self.patches if row.platform in ("", platform))
+
     def _probe(self) -> dict:
         try:
             distribution, version = self.installed()
@@ -318,8 +322,7 @@ class PatchSet:
 
     def _apply(self) -> list[str]:
         """Set every attribute; on an error undo and return the reason."""
-        platform = self.platform()
-        rows = tuple(row for row in self.patches if row.platform in ("", platform))
+        rows = self._rows_for(self.platform())
         try:
             for row in rows:
                 original = _static(*_locate(row.target))
@@ -357,6 +360,11 @@ class PatchSet:
                 setattr(applied.holder, applied.name, applied.original)
             else:
                 delattr(applied.holder, applied.name)
+
+
+def _within(version: str, specifier: str) -> bool:
+    """Whether a released version is in the range; builds between releases are none of the tested versions."""
+    return SpecifierSet(specifier).contains(version, prereleases=False)
 
 
 def parameters(signature: str) -> list[tuple[str, Any, bool]]:
