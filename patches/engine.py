@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ops_patches import counters, state
 from packaging.specifiers import SpecifierSet
+
+from ops_patches import counters, state
 
 logger = logging.getLogger("lora_ops")
 
@@ -312,9 +313,13 @@ class PatchSet:
                 classes.append(getattr(sys.modules[module], name))
         if not classes:
             return
+        frozen = gc.get_freeze_count()
+        gc.unfreeze()  # a host may freeze its heap, which hides it from the collector
         gc.collect()  # what was deleted but not collected is not in the way
         live = {type(obj).__qualname__ for obj in gc.get_objects() if issubclass(type(obj), tuple(classes))}
         if live:
+            if frozen:
+                gc.freeze()
             raise PatchError(
                 f"lora_ops: too late to patch, this process has built a {self.name} engine: {', '.join(sorted(live))}. "
                 f"Patch before the engine is built, or start the process with {self.env}=1"

@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass, replace
 
 import pytest
+
 from ops_patches import engine, state, vllm_lora
 from ops_patches.engine import Contract, Patch, PatchError, PatchSet
 
@@ -434,7 +435,8 @@ def test_workers_that_will_not_follow_are_told(host, monkeypatch, caplog):
 # Too late
 
 
-def test_patching_after_an_engine_was_built_is_refused(host):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_patching_after_an_engine_was_built_is_refused(host, frozen):
     patches = patch_set(before=("stubhost.core:Engine", "stubhost.absent:Engine"))
 
     class Client(host.core.Engine):
@@ -442,9 +444,12 @@ def test_patching_after_an_engine_was_built_is_refused(host):
 
     client = Client()
     client.itself = client  # freed only by a collection
+    if frozen:
+        gc.freeze()  # as vLLM does once its engine is up
     with pytest.raises(RuntimeError, match=rf"too late.*Client.*before the engine is built.*{ENV}=1"):
         patches.patch()
     assert_untouched(host)
+    assert bool(gc.get_freeze_count()) == frozen
     del client
     with patches.patch():
         kept = host.core.Engine()
