@@ -145,9 +145,7 @@ def indices(op: str, slots: torch.Tensor, num_slots: int, device: torch.device) 
         return
     low, high = (int(value) for value in torch.aminmax(slots))
     if low < NO_ADAPTER or high >= num_slots:
-        raise ValueError(
-            f"{op}: slot_indices span {low}..{high}, but slots are 0..{num_slots - 1} (-1 = no adapter)"
-        )
+        raise ValueError(f"{op}: slot_indices span {low}..{high}, but slots are 0..{num_slots - 1} (-1 = no adapter)")
 
 
 def segments(op: str, starts: torch.Tensor, lengths: torch.Tensor, max_length: int, rows: int) -> None:

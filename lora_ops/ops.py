@@ -176,9 +176,11 @@ def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
 
 
-def _check_plan_rows(op: str, plan: LoraPlan, rows: int) -> None:
-    if plan.num_tokens > rows:
-        raise ValueError(f"{op}: the plan is for {plan.num_tokens} tokens, but there are {rows} rows: update the plan")
+def _check_plan_rows(op: str, plan: LoraPlan, x: torch.Tensor) -> None:
+    if x.ndim == 2 and plan.num_tokens > x.shape[0]:
+        raise ValueError(
+            f"{op}: the plan is for {plan.num_tokens} tokens, but there are {x.shape[0]} rows: update the plan"
+        )
 
 
 PLAN_SCHEMA = "Tensor arena, Tensor counts, int[] layout"
@@ -390,7 +392,7 @@ def lora_shrink(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
-    _check_plan_rows("lora_shrink", plan, x.shape[0])
+    _check_plan_rows("lora_shrink", plan, x)
     torch.ops.lora_ops.lora_shrink(x, list(lora_a), out, *_plan_args(plan), float(scale))
 
 
@@ -415,7 +417,7 @@ def lora_expand(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
-    _check_plan_rows("lora_expand", plan, y.shape[0])
+    _check_plan_rows("lora_expand", plan, y)
     torch.ops.lora_ops.lora_expand(h, list(lora_b), y, *_plan_args(plan), offset, add_inputs)
 
 
@@ -437,7 +439,7 @@ def lora_linear(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
-    _check_plan_rows("lora_linear", plan, x.shape[0])
+    _check_plan_rows("lora_linear", plan, x)
     torch.ops.lora_ops.lora_linear(
         y, x, list(lora_a), list(lora_b), *_plan_args(plan), float(scale), offset, add_inputs
     )

@@ -163,7 +163,7 @@ class LoraPlan:
         if slots.size and (slots.min() < NO_ADAPTER or slots.max() >= self.max_slots):
             bad = int(np.flatnonzero((slots < NO_ADAPTER) | (slots >= self.max_slots))[0])
             raise ValueError(
-                f"token {bad} has adapter slot {int(slots[bad])}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
+                f"token {bad} has adapter slot {slots[bad]}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
             )
 
     def _fill(self, arena: np.ndarray, slots: np.ndarray, extra: Sequence[np.ndarray]) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Pure-torch fp32 reference of every op, with the signatures of `ops.py`; the CPU path of the ops runs it.
 
-All maths is fp32, and results are rounded once, to the dtype of the output. Rows are grouped by slot: one matrix product
+All maths is fp32; results are rounded once, to the dtype of the output. Rows are grouped by slot: one matrix product
 a slot, as for a dense layer.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import lora_ops.ops  # registers torch.ops.lora_ops
+import lora_ops.ops  # noqa: F401 (registers torch.ops.lora_ops)
 from lora_ops.plan import NO_ADAPTER, LoraPlan
 from ops_patches import counters, state
 
@@ -83,9 +83,7 @@ class PlannedLora:
         """y[:, columns of slice s] (+)= B_s x[s], slices side by side from offset_start; x [S, M, R]."""
         _check_slices("add_expand", lora_b_stacked, output_slices)
         y = y.view(-1, y.shape[-1])
-        torch.ops.lora_ops.lora_expand(
-            x, list(lora_b_stacked), y, *_plan_args(self.plan), offset_start, add_inputs
-        )
+        torch.ops.lora_ops.lora_expand(x, list(lora_b_stacked), y, *_plan_args(self.plan), offset_start, add_inputs)
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs

@@ -30,9 +30,7 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
         meta.num_tokens_per_lora = self.plan.section("tokens_per_slot")
         meta.lora_token_start_loc = self.plan.section("slot_starts")
         offsets = self.plan.section("extra_0")
-        self._embeddings_indices = (
-            offsets.unsqueeze(0).expand(2, -1) if self._embeddings_indices.ndim == 2 else offsets
-        )
+        self._embeddings_indices = offsets.unsqueeze(0).expand(2, -1) if self._embeddings_indices.ndim == 2 else offsets
 
     def update_metadata(self, mapping, lora_index_to_id, max_loras: int, vocab_size: int, **kwargs) -> None:
         """Plan the step on the CPU and send it with one copy, without a sync."""

@@ -1,0 +1,24 @@
+"""Kernel tests run on a GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+
+from lora_ops import ops
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if not ops.INTERPRET:
+        pytest.skip(f"no GPU and TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')}: `make test` sets it to 1")
+    return "cpu"
+
+
+@pytest.fixture(params=["float16", "float32", "bfloat16"])
+def dtype(request, device) -> torch.dtype:
+    if request.param == "bfloat16" and device == "cpu":
+        pytest.skip("the interpreter's bf16 dot multiplies bit patterns")
+    return getattr(torch, request.param)

@@ -1,0 +1,255 @@
+"""lora_shrink, lora_expand and lora_linear against the fp32 reference."""
+
+import numpy as np
+import pytest
+import torch
+
+import lora_ops
+from lora_ops import reference
+
+from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+nan = float("nan")
+
+
+def reference_linear(layer: Layer, y: torch.Tensor, scale: float, add_inputs: bool) -> torch.Tensor:
+    """fp32 result on the same inputs; y in fp32, so that only the kernel rounds."""
+    y = y.float().clone()
+    args = (layer.x, layer.lora_a, layer.lora_b, layer.plan, scale, layer.offset, add_inputs)
+    reference.lora_linear(y, *args)
+    return y
+
+
+@every_case
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_linear(case, dtype, device, add_inputs):
+    layer = make_layer(case, dtype, device)
+    if not add_inputs:
+        layer.y[:, layer.window] = nan
+    outside = layer.y.clone()
+    expected = reference_linear(layer, layer.y, 0.5, add_inputs)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, layer.offset, add_inputs)
+    assert_close(layer.y[:, layer.window], expected[:, layer.window], tolerance(dtype))
+    outside[:, layer.window] = layer.y[:, layer.window]
+    assert torch.equal(layer.y, outside), "columns outside of the window stay as they are"
+    none = torch.from_numpy(layer.slots == -1)
+    if add_inputs:
+        before = expected[:, layer.window][none].to(dtype)
+        assert torch.equal(layer.y[:, layer.window][none], before), "rows without adapter keep their bits"
+    else:
+        assert not layer.y[:, layer.window][none].any(), "rows without adapter become zero"
+
+
+@every_case
+def test_shrink(case, dtype, device):
+    layer = make_layer(case, dtype, device)
+    shape = (len(case.widths), case.tokens, case.rank)
+    out, expected = torch.full(shape, nan, device=device), torch.zeros(shape, device=device)
+    lora_ops.lora_shrink(layer.x, layer.lora_a, out, layer.plan, 2.0)
+    reference.lora_shrink(layer.x, layer.lora_a, expected, layer.plan, 2.0)
+    assert_close(out, expected, 1e-5)  # fp32 out of exact products
+
+
+@every_case
+@pytest.mark.parametrize("h_dtype", [torch.float32, None], ids=["fp32 h", "h as weights"])
+def test_expand(case, dtype, device, h_dtype):
+    layer = make_layer(case, dtype, device)
+    h = torch.randn(len(case.widths), case.tokens, case.rank, device=device).to(h_dtype or dtype)
+    expected = layer.y.float().clone()
+    reference.lora_expand(h, layer.lora_b, expected, layer.plan, layer.offset)
+    lora_ops.lora_expand(h, layer.lora_b, layer.y, layer.plan, layer.offset)
+    assert_close(layer.y, expected, tolerance(dtype))
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[9]], ids=str)
+def test_shrink_then_expand_has_the_bits_of_linear(case, device):
+    layer = make_layer(case, torch.float16, device)
+    h = torch.full((len(case.widths), case.tokens, case.rank), nan, device=device)
+    apart = layer.y.clone()
+    lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan)
+    lora_ops.lora_expand(h, layer.lora_b, apart, layer.plan, layer.offset)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 1.0, layer.offset)
+    assert torch.equal(apart, layer.y)
+
+
+@pytest.mark.parametrize("tokens", [5, 530])
+def test_padding_rows_are_not_touched(device, tokens):
+    layer = make_layer(Case(tokens, 64, (32,), 8, 3, "padding"), torch.float16, device, padding=11)
+    layer.x[tokens:] = nan
+    before = layer.y[tokens:].clone()
+    h = torch.full((1, tokens + 11, 8), nan, device=device)
+    lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, add_inputs=False)
+    assert torch.equal(layer.y[tokens:, :32], before[:, :32])
+    assert h[:, tokens:].isnan().all()
+    assert not layer.y[:tokens, :32].isnan().any()
+    assert not h[:, :tokens].isnan().any()
+
+
+def test_four_dimensional_weights(device):
+    layer = make_layer(CASES[3], torch.float16, device)
+    expected = layer.y.clone()
+    lora_ops.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    four = [[w.unsqueeze(1) for w in weights] for weights in (layer.lora_a, layer.lora_b)]
+    lora_ops.lora_linear(layer.y, layer.x, *four, layer.plan)
+    assert torch.equal(layer.y, expected)
+
+
+def test_views_of_one_packed_buffer(device):
+    """Slices may be views of one buffer: their slots are then further apart than their size."""
+    case = Case(9, 64, (32, 32), 8, 3, "packed")
+    layer = make_layer(case, torch.float16, device)
+    packed = [torch.cat(weights, dim=1) for weights in (layer.lora_a, layer.lora_b)]
+    views = [list(p.split(p.shape[1] // 2, dim=1)) for p in packed]
+    expected = layer.y.clone()
+    lora_ops.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    lora_ops.lora_linear(layer.y, layer.x, *views, layer.plan)
+    assert torch.equal(layer.y, expected)
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_a_row_does_not_depend_on_its_batch(device, dtype, rank):
+    """The same row alone, in a small batch and in a large one (other tiles, other kernels) has the same bits."""
+    if device == "cpu":
+        pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
+    case = Case(600, 1600, (48, 16), rank, 4, "batch invariance")
+    layer = make_layer(case, dtype, device)
+    whole, y = layer.y.clone(), layer.y.clone()
+    lora_ops.lora_linear(whole, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    for rows in ([0], [599], list(range(3, 40)), list(np.random.permutation(600)[:300])):
+        part = y[rows].clone()
+        layer.plan.update(layer.slots[rows])
+        lora_ops.lora_linear(part, layer.x[rows], layer.lora_a, layer.lora_b, layer.plan)
+        assert torch.equal(part, whole[rows]), f"{len(rows)} rows"
+
+
+def test_twice_gives_the_same_bits(device, dtype):
+    layer = make_layer(Case(100, 2048, (96,), 32, 6, "determinism"), dtype, device)
+    first, second = layer.y.clone(), layer.y.clone()
+    for y in (first, second):
+        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    assert torch.equal(first, second)
+
+
+def test_more_than_two_to_the_31_elements(device):
+    """Row and slot offsets are 64-bit: the last row and the last slot lie beyond 2^31 elements."""
+    if device == "cpu":
+        pytest.skip("needs 9 GB and a GPU")
+    rows, k, rank, slots = 3, 64, 16, 2
+    x = torch.randn(rows, k, device=device, dtype=torch.float16)
+    far = torch.zeros(2**31 + 4096, device=device, dtype=torch.float16)
+    a = far.as_strided((slots, rank, k), (2**31, k, 1))
+    a[0].normal_(std=0.1)
+    a[1].normal_(std=0.1)
+    b = torch.randn(slots, 48, rank, device=device, dtype=torch.float16)
+    y_far = torch.zeros(2 * (2**30 + 8) + 64, device=device, dtype=torch.float16)
+    y = y_far.as_strided((rows, 48), (2**30 + 8, 1))
+    plan = lora_ops.LoraPlan(rows, slots, device)
+    plan.update([1, 0, 1])
+    expected = torch.zeros(rows, 48, device=device)
+    reference.lora_linear(expected, x, [a], [b], plan)
+    lora_ops.lora_linear(y, x, [a], [b], plan)
+    assert_close(y, expected, tolerance(torch.float16))
+
+
+def test_tensors_on_two_devices(device):
+    if device == "cpu":
+        pytest.skip("needs a second device")
+    layer = make_layer(CASES[3], torch.float16, device)
+    with pytest.raises(ValueError, match="x is on cpu, the weights are on cuda"):
+        lora_ops.lora_linear(layer.y, layer.x.cpu(), layer.lora_a, layer.lora_b, layer.plan)
+    with pytest.raises(ValueError, match="the plan is on cpu, the weights are on cuda"):
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, lora_ops.LoraPlan(64, 4, "cpu"))
+
+
+def capture(layer: Layer) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of lora_linear on the layer's buffers."""
+
+    def run():
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@pytest.mark.parametrize("rows", [64, 768])
+def test_cuda_graph_replays_follow_the_plan(device, dtype, rows):
+    """Captured once for a padded batch, then replayed for plans of other sizes, adapters and none at all."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    case = Case(rows, 1024, (64, 32), 16, 40, "graph")
+    layer = make_layer(case, dtype, device)
+    graph = capture(layer)
+    for tokens in (rows, 1, rows // 2, 0, rows - 1):
+        slots = np.random.default_rng().integers(-1, case.slots, tokens)
+        layer.plan.update(slots)
+        layer.y.normal_()
+        expected = layer.y.float().clone()
+        reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        graph.replay()
+        assert_close(layer.y, expected, tolerance(dtype))
+
+
+def test_updates_run_ahead_of_the_gpu(device):
+    """Plans sent one after another without a sync: each launch sees its own."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    layer = make_layer(Case(64, 4096, (4096,), 16, 8, "race"), torch.float16, device)
+    results, plans = [], []
+    for _ in range(50):
+        slots = np.random.default_rng().integers(-1, 8, 64)
+        layer.plan.update(slots)
+        y = torch.zeros(64, 4096, device=device, dtype=torch.float16)
+        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        results.append(y)
+        plans.append(slots)
+    for y, slots in zip(results, plans, strict=True):
+        layer.plan.update(slots)
+        expected = torch.zeros(64, 4096, device=device)
+        reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        assert_close(y, expected, tolerance(torch.float16))
+
+
+def test_torch_compile(device, dtype):
+    if device == "cpu":
+        pytest.skip("needs a GPU; tests/test_ops_compile.py compiles on the CPU")
+    layer = make_layer(Case(48, 512, (128, 64), 16, 6, "compile"), dtype, device)
+    base = torch.randn(512, layer.y.shape[1], device=device, dtype=dtype)
+
+    def model(x):
+        y = x @ base
+        args = (layer.plan.arena, layer.plan.counts, [layer.plan.max_tokens, layer.plan.max_slots, 0])
+        torch.ops.lora_ops.lora_linear(y, x, layer.lora_a, layer.lora_b, *args, 1.0, 0, True)
+        return torch.relu(y) * 2
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for tokens in (48, 7):
+        layer.plan.update(np.random.default_rng().integers(-1, 6, tokens))
+        x = layer.x[:tokens].contiguous()
+        assert_close(compiled(x), model(x).float(), tolerance(dtype))
+
+
+def test_nothing_compiles_after_the_first_call(device):
+    """The first call of a layer compiles all its kernels; later batches of any size compile nothing."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    import triton
+
+    layer = make_layer(Case(1030, 768, (80, 48), 24, 5, "compile once"), torch.bfloat16, device)
+    compiled = []
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs)
+    try:
+        for tokens in (1, 2, 15, 16, 17, 100, 512, 513, 1030):
+            layer.plan.update(np.random.default_rng().integers(-1, 5, tokens))
+            rows = slice(0, tokens)
+            lora_ops.lora_linear(layer.y[rows], layer.x[rows], layer.lora_a, layer.lora_b, layer.plan)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = hook
+    assert not compiled

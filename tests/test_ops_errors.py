@@ -1,0 +1,157 @@
+"""Bad arguments: one clear error, before anything is written."""
+
+import re
+
+import pytest
+import torch
+
+import lora_ops
+from ops_patches import counters
+
+M, K, N, R, L = 4, 32, 24, 8, 3
+
+
+def good() -> dict:
+    plan = lora_ops.LoraPlan(M, L, "cpu")
+    plan.update([0, 1, -1, 2])
+    return {
+        "y": torch.randn(M, N),
+        "x": torch.randn(M, K),
+        "lora_a": [torch.randn(L, R, K)],
+        "lora_b": [torch.randn(L, N, R)],
+        "plan": plan,
+    }
+
+
+BAD_LINEAR = {
+    "int weights": ({"lora_a": [torch.ones(L, R, K, dtype=torch.int32)]}, TypeError, r"lora_a\[0\] is torch.int32"),
+    "x dtype": ({"x": torch.randn(M, K).half()}, TypeError, "x is torch.float16, lora_a is torch.float32"),
+    "x columns": ({"x": torch.randn(M, K + 1)}, ValueError, r"x has shape \(4, 33\), expected \[rows, 32\]"),
+    "x transposed": ({"x": torch.randn(K, M).T}, ValueError, "x has strides .* must be contiguous"),
+    "x three-dimensional": ({"x": torch.randn(1, M, K)}, ValueError, r"x has shape \(1, 4, 32\)"),
+    "rows differ": ({"y": torch.randn(M + 1, N)}, ValueError, "row counts differ: x 4, y 5"),
+    "y too narrow": ({"y": torch.randn(M, N - 1)}, ValueError, "columns 0 to 23 do not fit into the output"),
+    "negative offset": ({"offset": -1}, ValueError, "columns -1 to 22 do not fit"),
+    "offset too large": ({"offset": 1}, ValueError, "columns 1 to 24 do not fit"),
+    "y integer": ({"y": torch.ones(M, N, dtype=torch.int64)}, TypeError, "y is torch.int64"),
+    "no slices": ({"lora_a": [], "lora_b": []}, ValueError, "lora_a is empty"),
+    "slice counts differ": ({"lora_b": []}, ValueError, "lora_a has 1 slices, lora_b has 0"),
+    "rank mismatch": ({"lora_b": [torch.randn(L, N, R + 1)]}, ValueError, "slots, rank and dtype must agree"),
+    "slot mismatch": ({"lora_b": [torch.randn(L + 1, N, R)]}, ValueError, "slots, rank and dtype must agree"),
+    "weights' dimensions": ({"lora_a": [torch.randn(R, K)]}, ValueError, r"lora_a\[0\] has shape \(8, 32\)"),
+    "weights not contiguous": (
+        {"lora_a": [torch.randn(L, K, R).transpose(1, 2)]},
+        ValueError,
+        r"lora_a\[0\] has strides",
+    ),
+    "rank too large": (
+        {"lora_a": [torch.randn(L, 513, K)], "lora_b": [torch.randn(L, N, 513)]},
+        ValueError,
+        "rank 513, supported ranks are 1 to 512",
+    ),
+    "plan too large for the slots": (
+        {"plan": lora_ops.LoraPlan(M, L + 1, "cpu")},
+        ValueError,
+        "the plan has 4 slots, the weights 3",
+    ),
+    "slices differ": (
+        {"lora_a": [torch.randn(L, R, K), torch.randn(L, R, K + 8)], "lora_b": [torch.randn(L, 8, R)] * 2},
+        ValueError,
+        r"lora_a\[1\] has shape \(3, 8, 40\)",
+    ),
+    "slices of unequal rank": (
+        {"lora_a": [torch.randn(L, R, K), torch.randn(L, R + 1, K)], "lora_b": [torch.randn(L, 8, R)] * 2},
+        ValueError,
+        r"lora_a\[1\] has shape \(3, 9, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LINEAR.values(), ids=BAD_LINEAR.keys())
+def test_linear(change, error, message):
+    arguments = good() | change
+    before = arguments["y"].clone()
+    with pytest.raises(error, match=message):
+        lora_ops.lora_linear(**arguments)
+    assert torch.equal(arguments["y"], before)
+
+
+def test_every_message_names_the_op():
+    with pytest.raises(ValueError, match=r"^lora_linear: "):
+        lora_ops.lora_linear(**(good() | {"offset": 1}))
+
+
+def test_a_plan_of_another_batch():
+    arguments = good()
+    arguments |= {"x": arguments["x"][:2], "y": arguments["y"][:2]}
+    with pytest.raises(ValueError, match="the plan is for 4 tokens, but there are 2 rows: update the plan"):
+        lora_ops.lora_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (torch.zeros(1, M, R, dtype=torch.float16), TypeError, "out is torch.float16, expected float32"),
+        (torch.zeros(2, M, R), ValueError, re.escape("expected [slices, rows, rank] = (1, 4, 8)")),
+        (torch.zeros(1, R, M).transpose(1, 2), ValueError, "must be contiguous"),
+    ],
+)
+def test_shrink_output(out, error, message):
+    arguments = good()
+    with pytest.raises(error, match=message):
+        lora_ops.lora_shrink(arguments["x"], arguments["lora_a"], out, arguments["plan"])
+
+
+def test_expand_input():
+    arguments = good()
+    with pytest.raises(ValueError, match=re.escape("h has shape (1, 4, 9), expected [slices, rows, rank] = (1, 4, 8)")):
+        lora_ops.lora_expand(torch.zeros(1, M, R + 1), arguments["lora_b"], arguments["y"], arguments["plan"])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([0, 1, 3, 0]), r"slot_indices span 0\.\.3, but slots are 0\.\.2"),
+        (torch.tensor([0, -2, 1, 0]), r"slot_indices span -2\.\.1"),
+        (torch.tensor([0.0, 1, 1, 0]), "slot_indices is torch.float32"),
+        (torch.tensor([0, 1]), "row counts differ: x 4, slot_indices 2"),
+    ],
+)
+def test_bgmv_indices(index, message):
+    x, a, b = torch.randn(M, K), torch.randn(L, R, K), torch.randn(L, N, R)
+    with pytest.raises(ValueError, match=message):
+        lora_ops.bgmv_shrink(x, a, torch.zeros(M, R), index)
+    with pytest.raises(ValueError, match=message):
+        lora_ops.bgmv_expand(torch.randn(M, R), b, torch.zeros(M, N), index)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "batches", "longest", "message"),
+    [
+        ([0, 2], [2, 3], 2, 3, "segments span rows 0 to 4 with up to 3 rows, but the batch has 4 rows"),
+        ([0, 1], [1, 3], 2, 2, "max_seq_length is 2"),
+        ([-1, 0], [1, 3], 2, 3, "segments span rows -1"),
+        ([0], [4], 2, 4, r"seq_starts has shape \(1,\), expected at least 2 segments"),
+    ],
+)
+def test_sgmv_segments(starts, lengths, batches, longest, message):
+    segments = (torch.tensor(starts), torch.tensor(lengths), torch.tensor([0, 1]), batches, longest, M)
+    with pytest.raises(ValueError, match=message):
+        lora_ops.sgmv_shrink(torch.randn(M, K), torch.randn(L, R, K), torch.zeros(M, R), *segments)
+
+
+def test_slice_size_must_match():
+    with pytest.raises(ValueError, match="slice_size is 8, but lora_b has 24 output features"):
+        lora_ops.bgmv_expand_slice(
+            torch.randn(M, R), torch.randn(L, N, R), torch.zeros(M, 64), torch.zeros(M, dtype=torch.int64), 0, 8
+        )
+
+
+def test_errors_and_hits_are_counted():
+    counters.reset()
+    lora_ops.lora_linear(**good())
+    with pytest.raises(ValueError, match="do not fit"):
+        lora_ops.lora_linear(**(good() | {"offset": 1}))
+    snapshot = counters.snapshot()
+    assert snapshot["hit"]["lora_linear"] == 1
+    assert snapshot["error"]["lora_linear"] == {"ValueError": 1}

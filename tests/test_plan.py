@@ -1,0 +1,165 @@
+"""The plan's invariants, before any matrix product."""
+
+import numpy as np
+import pytest
+import torch
+
+from lora_ops.plan import (
+    NO_ADAPTER,
+    NO_TILE,
+    SMALL_BATCH,
+    TILE_ROWS,
+    LoraPlan,
+    tile_count_bound,
+    tile_rows_for,
+)
+
+CASES = {  # tokens, max_tokens, slots, draw
+    "empty": (0, 8, 4, "uniform"),
+    "one token": (1, 8, 4, "uniform"),
+    "one token without adapter": (1, 8, 4, "none"),
+    "no adapter at all": (37, 64, 4, "none"),
+    "one slot": (100, 128, 1, "uniform"),
+    "every token its own slot": (48, 48, 48, "distinct"),
+    "prime sizes": (127, 131, 13, "uniform"),
+    "skewed": (500, 700, 64, "zipf"),
+    "largest small batch": (SMALL_BATCH, 1024, 32, "uniform"),
+    "smallest large batch": (SMALL_BATCH + 1, 1024, 32, "uniform"),
+    "segments": (2000, 2048, 8, "segments"),
+    "more slots than tokens": (5, 4096, 200, "uniform"),
+}
+
+
+def draw_slots(tokens: int, slots: int, draw: str, rng: np.random.Generator) -> np.ndarray:
+    if draw == "none":
+        return np.full(tokens, NO_ADAPTER)
+    if draw == "distinct":
+        return rng.permutation(tokens)
+    if draw == "zipf":
+        return np.minimum(rng.zipf(1.5, tokens), slots + 1) - 2
+    if draw == "segments":
+        return np.sort(rng.integers(-1, slots, tokens))[::-1]
+    return rng.integers(-1, slots, tokens)
+
+
+@pytest.fixture(params=CASES.items(), ids=lambda case: case[0])
+def planned(request) -> tuple[LoraPlan, np.ndarray]:
+    tokens, max_tokens, slots, draw = request.param[1]
+    rng = np.random.default_rng()
+    plan = LoraPlan(max_tokens, slots, "cpu")
+    plan.update(rng.integers(-1, slots, max_tokens))  # something stale to overwrite
+    token_slots = draw_slots(tokens, slots, draw, rng)
+    plan.update(token_slots)
+    return plan, token_slots
+
+
+def section(plan: LoraPlan, name: str) -> np.ndarray:
+    return plan.section(name).numpy()
+
+
+def test_order_is_a_stable_permutation_by_slot(planned):
+    plan, slots = planned
+    order = section(plan, "order")[: slots.size]
+    assert sorted(order) == list(range(slots.size))
+    assert list(order) == sorted(range(slots.size), key=lambda token: (slots[token], token))
+    np.testing.assert_array_equal(plan.token_slots, slots)
+
+
+def test_counts_and_starts_describe_the_groups(planned):
+    plan, slots = planned
+    distinct, counts = np.unique(slots, return_counts=True)
+    groups = len(distinct)
+    active, per_slot, starts = (section(plan, n) for n in ("active_slots", "tokens_per_slot", "slot_starts"))
+    np.testing.assert_array_equal(active[:groups], distinct)
+    np.testing.assert_array_equal(per_slot[:groups], counts)
+    np.testing.assert_array_equal(starts[: groups + 1], np.concatenate([[0], np.cumsum(counts)]))
+    assert (active[groups:] == NO_ADAPTER).all()
+    assert not per_slot[groups:].any()
+    assert not starts[groups + 1 :].any()
+    assert (plan.num_tokens, plan.num_groups, plan.num_active) == (slots.size, groups, (distinct >= 0).sum())
+
+
+def test_per_token_sections_are_padded(planned):
+    plan, slots = planned
+    assert (section(plan, "token_slots")[slots.size :] == NO_ADAPTER).all()
+    assert not section(plan, "order")[slots.size :].any()
+
+
+@pytest.mark.parametrize("rows", TILE_ROWS)
+def test_tiles_cover_each_token_once_with_its_slot(planned, rows):
+    plan, slots = planned
+    tile_slots = section(plan, f"tile_slots_{rows}")
+    if rows < tile_rows_for(slots.size):
+        assert (tile_slots == NO_TILE).all(), "a batch never asks for tiles smaller than its own"
+        return
+    tile_rows = section(plan, f"tile_rows_{rows}").reshape(-1, rows)
+    tiles = int((tile_slots != NO_TILE).sum())
+    assert (tile_slots[tiles:] == NO_TILE).all(), "tiles first, sentinels after them"
+    assert tiles <= tile_count_bound(slots.size, plan.max_slots, rows) <= tile_slots.size
+    seen = []
+    for slot, members in zip(tile_slots[:tiles], tile_rows[:tiles], strict=True):
+        live = members[members >= 0]
+        assert live.size, "no tile is empty"
+        assert (members[: live.size] >= 0).all(), "padding stands at the end of a tile"
+        assert (slots[live] == slot).all()
+        assert (np.diff(live) > 0).all(), "rows ascend, so that a row's place does not depend on other slots"
+        seen += list(live)
+    assert sorted(seen) == list(range(slots.size))
+    none = np.flatnonzero(tile_slots[:tiles] == NO_ADAPTER)
+    assert (none >= tiles - none.size).all(), "tiles without adapter come last"
+
+
+def test_tile_rows_never_fall_with_the_batch():
+    sizes = [tile_rows_for(n) for n in range(0, 4 * SMALL_BATCH)]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == set(TILE_ROWS)
+
+
+@pytest.mark.parametrize("rows", TILE_ROWS)
+def test_tile_bound_is_reached(rows):
+    slots = 5
+    for tokens in range(1, 4 * rows):
+        groups = min(tokens, slots + 1)
+        sizes = np.ones(groups, dtype=int)
+        sizes[0] += tokens - groups
+        worst = sum(-(-size // rows) for size in sizes)
+        assert worst <= tile_count_bound(tokens, slots, rows) <= worst + 1
+
+
+def test_extra_sections_are_filled_and_padded():
+    plan = LoraPlan(10, 3, "cpu", extra_tokens=1)
+    plan.update([2] * 10, extra=[np.full(10, 7)])
+    plan.update([0, -1, 2], extra=[np.array([5, 0, 9])])
+    assert plan.section("extra_0").tolist() == [5, 0, 9] + [0] * 7
+
+
+def test_buffers_do_not_move():
+    plan = LoraPlan(64, 4, "cpu")
+    before = plan.arena.data_ptr(), plan.counts.data_ptr(), plan.section("tile_rows_16").data_ptr()
+    plan.update([0, 1, 2])
+    assert before == (plan.arena.data_ptr(), plan.counts.data_ptr(), plan.section("tile_rows_16").data_ptr())
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 4], r"token 1 has adapter slot 4, but slots are 0\.\.3"),
+        ([-2, 0], "token 0 has adapter slot -2"),
+        ([0] * 9, "at most 8 tokens"),
+        ([[0, 1]], r"shape \(1, 2\)"),
+    ],
+)
+def test_bad_slots_are_named_and_leave_the_plan_alone(slots, message):
+    plan = LoraPlan(8, 4, "cpu")
+    plan.update([1, 2])
+    before = plan.arena.clone()
+    with pytest.raises(ValueError, match=message):
+        plan.update(slots)
+    assert torch.equal(plan.arena, before)
+    assert plan.num_tokens == 2
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(0, 4), (4, 0)])
+def test_a_plan_needs_room(tokens, slots):
+    with pytest.raises(ValueError, match="max_tokens >= 1 and max_slots >= 1"):
+        LoraPlan(tokens, slots, "cpu")
