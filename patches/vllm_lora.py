@@ -171,7 +171,7 @@ CONTRACTS = (
         platform="cuda",
     ),
     Contract(
-        "vllm.lora.ops.triton_ops:LoRAKernelMeta",
+        "vllm.lora.ops.triton_ops.lora_kernel_metadata:LoRAKernelMeta",
         CUDA_VERSIONS,
         "The host's MoE methods read it, so update_metadata keeps it filled.",
         fields=(
@@ -187,7 +187,7 @@ CONTRACTS = (
         platform="cuda",
     ),
     *_methods(
-        "vllm.lora.ops.triton_ops",
+        "vllm.lora.ops.triton_ops.lora_kernel_metadata",
         "LoRAKernelMeta",
         {
             "make": "(max_loras, max_num_tokens, device, captured_lora_counts=None)",

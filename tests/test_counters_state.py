@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from ops_patches import counters, state
 
 

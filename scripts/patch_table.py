@@ -1,0 +1,70 @@
+"""Print the tables of supported hosts and of what is patched, in Markdown, from the patch table.
+
+python scripts/patch_table.py            print them
+python scripts/patch_table.py --write    put them into README.md, between the two patch-table markers
+python scripts/patch_table.py --check    fail if README.md holds anything else there
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ops_patches.vllm_lora import VLLM_LORA
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- patch-table:begin -->", "<!-- patch-table:end -->"
+
+
+def tables() -> str:
+    """Both tables."""
+    hosts = [[f"`{name}`", f"`{versions}`"] for name, versions in VLLM_LORA.hosts.items()]
+    patches = [
+        [f"`{row.target}`", row.platform or "any", f"`{row.versions}`", row.why, row.obsolete_when]
+        for row in VLLM_LORA.patches
+    ]
+    return "\n\n".join(
+        [
+            _table(["Host", "Tested versions"], hosts),
+            _table(["Patched", "Platform", "Versions", "Why", "Obsolete when"], patches),
+        ]
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_tables(text: str) -> str:
+    """The text with the tables between the markers.
+
+    Raises ValueError unless each marker stands there once, in order.
+    """
+    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
+        raise ValueError(f"there must be one {BEGIN} and after it one {END}")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true", help="update README.md")
+    mode.add_argument("--check", action="store_true", help="fail if README.md is out of date")
+    args = parser.parse_args()
+    if not args.write and not args.check:
+        print(tables())
+        return 0
+    old = README.read_text()
+    new = with_tables(old)
+    if args.write:
+        README.write_text(new)
+    elif new != old:
+        print("README.md does not show the patch table: run python scripts/patch_table.py --write", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
