@@ -26,6 +26,7 @@ from ops_patches import counters, state
 logger = logging.getLogger("lora_ops")
 
 MARKER = "__ops_patch__"
+UNPATCHED = "unpatched again"
 
 
 class PatchError(RuntimeError):
@@ -208,7 +209,7 @@ class PatchSet:
         if not self.is_patched:
             return
         self._undo()
-        self._reasons = ["unpatched again"]
+        self._reasons = [UNPATCHED]
         if self._env_before is None:
             os.environ.pop(self.env, None)
         else:
