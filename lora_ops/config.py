@@ -16,8 +16,11 @@ def next_power_of_2(value: int) -> int:
 
 
 def chunk_k(k: int) -> int:
-    """Elements of K that are summed before the partial sums are added up: the split of split-K."""
-    return 512 if k <= 8192 else 1024
+    """Elements of K that are summed before the partial sums are added up: the split of split-K.
+
+    More chunks are more programs for a small batch, and more planes for the expand to read.
+    """
+    return 512 if k < 4096 else 1024
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,20 @@ class ExpandConfig:
 
 def shrink_config(k: int, rank: int, tile_rows: int) -> ShrinkConfig:
     """Default launch parameters of the shrink kernel for x [*, k] and A [slots, rank, k]."""
-    block_n = min(max(next_power_of_2(rank), 16), 64 if tile_rows > 16 else 32)
-    block_k = min(128 if tile_rows == 16 else 64, max(next_power_of_2(k), 16))
-    return ShrinkConfig(block_n, block_k, num_warps=4, num_stages=4)
+    padded_rank = max(next_power_of_2(rank), 16)
+    longest_k = max(next_power_of_2(k), 16)
+    if tile_rows == 16:
+        if padded_rank == 16:
+            return ShrinkConfig(16, min(128, longest_k), num_warps=2, num_stages=4)
+        return ShrinkConfig(32, min(256, longest_k), num_warps=4, num_stages=3)
+    if padded_rank == 16:
+        return ShrinkConfig(16, min(128, longest_k), num_warps=4, num_stages=3)
+    return ShrinkConfig(min(padded_rank, 64), min(64, longest_k), num_warps=4, num_stages=4)
 
 
 def expand_config(n: int, rank: int, tile_rows: int) -> ExpandConfig:
     """Default launch parameters of the expand kernel for B [slots, n, rank]."""
-    block_r = min(max(next_power_of_2(rank), 16), 64)
+    padded_rank = max(next_power_of_2(rank), 16)
     block_n = min(128, max(next_power_of_2(n), 16))
-    return ExpandConfig(block_n, block_r, num_warps=4, num_stages=2)
+    warps = 4 if tile_rows > 16 or padded_rank > 32 else padded_rank // 16
+    return ExpandConfig(block_n, min(padded_rank, 64), num_warps=warps, num_stages=2)

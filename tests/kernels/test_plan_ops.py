@@ -234,17 +234,23 @@ def test_torch_compile(device, dtype):
         assert_close(compiled(x), model(x).float(), tolerance(dtype))
 
 
-def test_nothing_compiles_after_the_first_call(device):
-    """The first call of a layer compiles all its kernels; later batches of any size compile nothing."""
+@pytest.mark.parametrize("warm", ["first call", "warmup"])
+def test_nothing_compiles_after(device, warm):
+    """The first call of a layer, or warmup(), compiles all its kernels; later batches of any size compile nothing."""
     if device == "cpu":
         pytest.skip("needs a GPU")
     import triton
 
-    layer = make_layer(Case(1030, 768, (80, 48), 24, 5, "compile once"), torch.bfloat16, device)
+    case = Case(1030, 768, (80, 48), 24 if warm == "warmup" else 40, 5, "compile once")
+    layer = make_layer(case, torch.bfloat16, device)
+    layer.x, layer.y = layer.x.contiguous(), torch.randn(1030, 128, device=device, dtype=torch.bfloat16)
+    if warm == "warmup":
+        lora_ops.warmup([(case.k, case.widths, case.rank)], torch.bfloat16, device)
+    else:
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
     compiled = []
-    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
     hook = triton.knobs.runtime.jit_post_compile_hook
-    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["fn"].name)
     try:
         for tokens in (1, 2, 15, 16, 17, 100, 512, 513, 1030):
             layer.plan.update(np.random.default_rng().integers(-1, 5, tokens))
