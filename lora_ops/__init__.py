@@ -21,6 +21,7 @@ _HOME = {
             "sgmv_expand",
             "sgmv_expand_slice",
             "sgmv_shrink",
+            "warmup",
         ),
         "lora_ops.ops",
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -555,3 +555,33 @@ def sgmv_expand_slice(
     """bgmv_expand_slice with one slot a segment of rows; arguments as `sgmv_shrink` and `bgmv_expand_slice`."""
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
     torch.ops.lora_ops.sgmv_expand_slice(x, lora_b, out, *segments, slice_offset, slice_size, add_inputs)
+
+
+def warmup(
+    layers: Iterable[tuple[int, Sequence[int], int]],
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    add_inputs: bool = True,
+) -> None:
+    """Compile what `lora_linear` needs for these layers, for batches of every size.
+
+    A patched vLLM needs no call: it meets each of its layers while it profiles, and the first call of a layer compiles
+    all of that layer's kernels.
+
+    Args:
+        layers: (K, widths of the slices, R) of each layer, contiguous weights assumed.
+        dtype: of x, y and the weights.
+        device: where the kernels will run; on a CPU there is nothing to compile.
+        add_inputs: as the later calls have it.
+
+    Raises:
+        ValueError, TypeError: a layer that `lora_linear` does not take.
+    """
+    plan = LoraPlan(1, 1, device)
+    plan.update([0])
+    for k, widths, rank in layers:
+        x = torch.zeros(1, k, dtype=dtype, device=device)
+        y = torch.zeros(1, sum(widths), dtype=dtype, device=device)
+        lora_a = [torch.zeros(1, rank, k, dtype=dtype, device=device) for _ in widths]
+        lora_b = [torch.zeros(1, n, rank, dtype=dtype, device=device) for n in widths]
+        lora_linear(y, x, lora_a, lora_b, plan, add_inputs=add_inputs)
