@@ -118,6 +118,11 @@ def test_a_status_folder_that_cannot_be_written_is_a_problem(examine, monkeypatc
     assert "cannot be written" in examine()[1]["problems"][0]
 
 
+def test_a_status_folder_that_is_not_there_yet_is_none(examine, monkeypatch, tmp_path):
+    monkeypatch.setenv(state.STATUS_DIR, str(tmp_path / "later"))
+    assert examine()[0] == 0
+
+
 def test_what_does_not_fit_is_a_problem(examine, monkeypatch):
     monkeypatch.setattr(vllm_lora.VLLM_LORA, "verify", lambda: ["a takes [x], expected (y)", "b is not there"])
     code, report, shown = examine()
