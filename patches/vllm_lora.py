@@ -258,7 +258,8 @@ VLLM_LORA = PatchSet(
 def patch_vllm(strict: bool = False) -> Handle:
     """Run vLLM's multi-LoRA layers on our kernels, in this process and in those it starts; also a context manager.
 
-    Call it before an engine is built. Does nothing when patched already. When the installed vLLM does not fit, one
+    Call it before an engine is built. Does nothing when patched already. Sets LORA_OPS_VLLM=1 for child processes (0
+    there only keeps the entry point from patching, not this call). When the installed vLLM does not fit, one
     warning lists every reason and vLLM stays as it was.
 
     Args:

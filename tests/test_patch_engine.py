@@ -5,10 +5,12 @@ import gc
 import importlib.metadata
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import types
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -587,6 +589,29 @@ def test_the_sources_hash_sees_every_source(tmp_path, monkeypatch):
         deep.write_text(text)
         hashes.append(vllm_lora.sources_hash.__wrapped__())
     assert hashes[0] != hashes[1] == hashes[2]
+
+
+PATCH_TABLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "patch_table.py"))
+
+
+def test_the_tables_of_the_readme_show_every_host_and_row():
+    tables = PATCH_TABLE["tables"]()
+    for name, versions in vllm_lora.VLLM_LORA.hosts.items():
+        assert f"| `{name}` | `{versions}` |" in tables
+    for row in vllm_lora.PATCHES:
+        assert f"| `{row.target}` | {row.platform or 'any'} | `{row.versions}` | {row.why}" in tables
+    lines = [line for line in tables.splitlines() if line]
+    assert len(lines) == 2 + len(vllm_lora.VLLM_LORA.hosts) + 2 + len(vllm_lora.PATCHES)
+
+
+def test_the_tables_go_between_the_markers():
+    begin, end, with_tables = (PATCH_TABLE[name] for name in ("BEGIN", "END", "with_tables"))
+    text = with_tables(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert text == f"before\n{begin}\n{PATCH_TABLE['tables']()}\n{end}\nafter\n"
+    assert with_tables(text) == text
+    for broken in ("no markers", f"{end} {begin}", f"{begin} {begin} {end}"):
+        with pytest.raises(ValueError, match="there must be one"):
+            with_tables(broken)
 
 
 CHILD = """

@@ -184,7 +184,7 @@ def test_every_process_of_vllm_loads_the_plugins(tree):
         assert "load_general_plugins" in calls(definition(tree, target)), target
     plugins = (tree / "vllm/plugins/__init__.py").read_text()
     assert f'"{VLLM_LORA.entry_point[0]}"' in plugins
-    assert f"envs.{VLLM_LORA.allowlist}" in plugins
+    assert re.search(rf"= envs\.{VLLM_LORA.allowlist}$", plugins, re.MULTILINE)
 
 
 def test_the_classes_of_a_live_engine_are_there(tree):
