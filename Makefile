@@ -8,7 +8,7 @@ demo:  ## real vLLM, three adapters, unpatched against patched
 	@scripts/demo.sh
 
 test: setup lint  ## everything that needs no GPU
-	@$(PYTHON) -m pytest -q tests --ignore=tests/gpu
+	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs tests --ignore=tests/gpu
 
 lint: setup
 	@$(PYTHON) -m ruff check --quiet .

@@ -100,15 +100,8 @@ def faults_of_tokens(unpatched: dict, patched: dict, dtype: str) -> list[str]:
 def table(results: dict[tuple[str, bool], dict], dtype: str) -> Table:
     """One row per place of the engine core and adapter."""
     view = Table(title=f"same prompts, greedy, {dtype}: patched against unpatched")
-    for column in (
-        "engine",
-        "adapter",
-        "prompts",
-        "tokens equal",
-        "max |Δ log-prob|",
-        "prompts unlike base",
-        "unlike others",
-    ):
+    columns = ("engine core", "adapter", "prompts", "tokens equal", "max |Δ log-prob|", "unlike base", "unlike others")
+    for column in columns:
         view.add_column(column)
     for place in PLACES:
         expected, got = by_adapter(results[place, False]), by_adapter(results[place, True])

@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from ops_patches import state
 
 TOP_LOGPROBS = 5
@@ -128,7 +130,7 @@ class Agreement:
     """How far the same request got the same answer from two engines.
 
     equal: all tokens are the same. tokens: how many are, up to the first difference. tie: the first difference is a
-    near-tie. logprob_error: largest difference of the sampled tokens' log-probs along the common prefix.
+    near-tie. logprob_error: largest difference of the sampled tokens' log-probs along the common prefix, NaN if any is.
     """
 
     equal: bool
@@ -143,13 +145,13 @@ def compare(expected: dict, got: dict, tie: float = 0.0) -> Agreement:
     Where the tokens part, the two still share the prefix, so that the expected engine's own log-probs tell a near-tie
     (the other engine's choice is within `tie` of the best) from a wrong answer.
     """
-    error = 0.0
+    errors = [0.0]
     for i, (a, b) in enumerate(zip(expected["tokens"], got["tokens"], strict=True)):
         best = expected["logprobs"][i]
         if a != b:
-            return Agreement(False, i, best[str(a)] - best.get(str(b), float("-inf")) <= tie, error)
-        error = max(error, abs(best[str(a)] - got["logprobs"][i][str(a)]))
-    return Agreement(True, len(expected["tokens"]), False, error)
+            return Agreement(False, i, best[str(a)] - best.get(str(b), float("-inf")) <= tie, float(np.max(errors)))
+        errors.append(abs(best[str(a)] - got["logprobs"][i][str(a)]))
+    return Agreement(True, len(expected["tokens"]), False, float(np.max(errors)))
 
 
 def build_engine(job: Job):

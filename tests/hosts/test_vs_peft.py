@@ -1,5 +1,6 @@
 """Log-probs of the patched engine against transformers and peft with the same adapter, as an independent reference."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,14 +41,14 @@ def logprobs(peft_model, adapter: str | None, ids: list[int]) -> torch.Tensor:
 
 def test_logprobs_of_the_patched_engine_equal_peft(lifecycle, peft_model):
     """The best tokens at every position, of every request, along the tokens that the engine chose."""
-    errors = {}
+    errors: dict[str | None, list[float]] = {}
     for request in lifecycle["patched"]["requests"]:
         prompt, tokens = request["prompt_ids"], request["tokens"]
         expected = logprobs(peft_model, request["adapter"], prompt + tokens[:-1])[len(prompt) - 1 :]
         assert expected.argmax(-1).tolist() == tokens
         for row, best in zip(expected, request["logprobs"], strict=True):
             for token, value in best.items():
-                error = abs(row[int(token)].item() - value)
-                errors[request["adapter"]] = max(errors.get(request["adapter"], 0.0), error)
-    assert len(errors) == 4
-    assert max(errors.values()) <= TOLERANCE, errors
+                errors.setdefault(request["adapter"], []).append(abs(row[int(token)].item() - value))
+    worst = {adapter: float(np.max(found)) for adapter, found in errors.items()}
+    assert len(worst) == 4
+    assert all(error <= TOLERANCE for error in worst.values()), worst
