@@ -1,13 +1,13 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: they build .venv on first use.
 PYTHON := .venv/bin/python
-GPU_PYTHON ?= python3
 
 .PHONY: demo test lint format test-gpu bench setup clean
 
-demo:  ## real vLLM, three adapters, unpatched against patched
+demo:  ## a real vLLM, three adapters, unpatched against patched
 	@scripts/demo.sh
 
-test: setup lint  ## everything that needs no GPU
+test: lint  ## everything that needs no GPU
+	@scripts/setup_cpu.sh --hosts
 	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs tests --ignore=tests/gpu
 
 lint: setup
@@ -18,14 +18,15 @@ format: setup
 	@$(PYTHON) -m ruff check --quiet --fix .
 	@$(PYTHON) -m ruff format --quiet .
 
-test-gpu:  ## in an environment with a CUDA GPU: GPU_PYTHON=/path/to/python
-	@$(GPU_PYTHON) -m pytest -q tests/gpu
+test-gpu:  ## in an environment with a CUDA GPU, see CONTRIBUTING.md
+	@python=$$(scripts/gpu_python.sh torch triton) && $$python -m pytest -q -rs tests/gpu
 
-bench:  ## same; checks without timing where there is no GPU
-	@$(GPU_PYTHON) benchmarks/ops_speed.py
+bench:  ## checks without timing where there is no GPU; options in ARGS="--quick"
+	@python=$$(scripts/gpu_python.sh torch triton 2>/dev/null) || { scripts/setup_cpu.sh && python=$(PYTHON); } && \
+	$$python benchmarks/ops_speed.py $(ARGS)
 
 setup:
-	@scripts/setup_cpu.sh --hosts
+	@scripts/setup_cpu.sh
 
 clean:
 	rm -rf .venv .hosts .demo build *.egg-info

