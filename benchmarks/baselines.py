@@ -45,6 +45,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def installed_version(distribution: str) -> str:
+    """Version of an installed distribution, empty for one that is only on the path."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return ""
+
+
 def require_triton_device() -> None:
     if not torch.cuda.is_available() and not interpreted():
         raise Missing("Triton kernels need a GPU, or TRITON_INTERPRET=1")
@@ -58,7 +65,7 @@ class Ours:
         import lora_ops
 
         self.lora_ops = lora_ops
-        self.version = importlib.metadata.version("serving-ops")
+        self.version = installed_version("serving-ops")
 
     def candidates(self, case: Case) -> list[None]:
         return [None]
@@ -121,7 +128,7 @@ class Vllm:
             raise Missing(f"{type(error).__name__}: {error}") from error
         if not torch.cuda.is_available():
             torch_utils.PIN_MEMORY = False
-        self.version = importlib.metadata.version("vllm")
+        self.version = installed_version("vllm")
 
     def default_config(self, op: str, case: Case) -> dict:
         return self.tables.get_lora_op_configs(

@@ -40,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -261,14 +261,14 @@ class Engine:
         ]
 
     def agreement(self, decode: list[Request], prefill: list[Request]) -> dict:
+        """Answers by phase and batch; `reversed` and `unadapted` (all on the base model) hold the first requests."""
         some = min(64, max(self.requests))
-        result = {
-            phase: {str(n): ask(requests[:n]) for n in self.requests}
-            for phase, ask, requests in (("decode", self.decode, decode), ("prefill", self.prefill, prefill))
-        }
+        result = {}
         for phase, ask, requests in (("decode", self.decode, decode), ("prefill", self.prefill, prefill)):
+            result[phase] = {str(n): ask(requests[:n]) for n in self.requests}
             turned = ask(requests[:some][::-1])
             result[phase]["reversed"] = {name: values[::-1] for name, values in turned.items()}
+            result[phase]["unadapted"] = ask([replace(request, adapter=None) for request in requests[:some]])
         return result | {"greedy": self.greedy(decode[:some])}
 
     def seconds(self, requests: list[Request], tokens: int) -> float:
@@ -320,8 +320,8 @@ def run_engine(options: argparse.Namespace) -> dict:
     config = engine.llm.llm_engine.vllm_config.compilation_config
     return result | {
         "workers": engine.llm.collective_rpc(look_inside),
-        "torch_compile": str(config.mode),
-        "cuda_graphs": str(config.cudagraph_mode),
+        "torch_compile": config.mode.name,
+        "cuda_graphs": config.cudagraph_mode.name,
         "ready_s": engine.ready_s,
         "vllm": vllm.__version__,
         "torch": torch.__version__,
@@ -435,7 +435,7 @@ class Difference:
 
 def noise_of(phase: dict) -> Difference:
     """vLLM against itself: neighbouring batch sizes and reversed order, pooled."""
-    sizes = sorted((name for name in phase if name != "reversed"), key=int)
+    sizes = batch_sizes(phase)
     pairs = [(phase[a], phase[b]) for a, b in itertools.pairwise(sizes)]
     as_many = next(n for n in sizes if len(phase[n]["best"]) >= len(phase["reversed"]["best"]))
     pairs.append((phase["reversed"], phase[as_many]))
@@ -491,12 +491,15 @@ def yardstick_of(results: dict[str, dict], phase: str) -> float:
     return max(errors)
 
 
+def batch_sizes(phase: dict) -> list[str]:
+    return sorted((name for name in phase if name.isdigit()), key=int)
+
+
 def largest_batch(phase: dict) -> dict:
-    return phase[max((name for name in phase if name != "reversed"), key=int)]
+    return phase[batch_sizes(phase)[-1]]
 
 
 def comparisons(results: dict[str, dict]) -> Iterator[Comparison]:
-    adapters = results["stock"]["adapters"]
     for phase in ("decode", "prefill"):
         stock, patched = (results[name]["agreement"][phase] for name in ("stock", "patched"))
         yardstick = yardstick_of(results, phase)
@@ -510,20 +513,14 @@ def comparisons(results: dict[str, dict]) -> Iterator[Comparison]:
             near = AS_NEAR * off["stock"].rms
             yield Comparison(phase, "stock against fp32", off["stock"], None, True)
             yield Comparison(phase, "patched against fp32", off["patched"], near, off["patched"].rms <= near)
-        for name in stock:
+        for name in (*batch_sizes(stock), "reversed", "unadapted"):
             found = Difference.between(stock[name], patched[name])
-            what = f"patched against stock, {name} requests" if name != "reversed" else "the same, reversed order"
+            what = f"patched against stock, {name}" + " requests" * name.isdigit()
             yield Comparison(phase, what, found, limit, found.rms <= limit)
-        largest = largest_batch(stock)
-        without = [i for i, adapter in enumerate(adapters) if adapter is None and i < len(largest["best"])]
-        if without:
-            found = Difference.between(largest, largest_batch(patched), without)
-            yield Comparison(phase, "the same, without adapter", found, limit, found.rms <= limit)
-        if "base" in results:
-            adapted = [i for i, adapter in enumerate(adapters) if adapter is not None]
-            found = Difference.between(largest, largest_batch(results["base"]["agreement"][phase]), adapted)
-            least = ADAPTER_EFFECT * yardstick
-            yield Comparison(phase, "effect of the adapters (at least)", found, least, found.rms >= least)
+        adapted = [i for i, adapter in enumerate(results["stock"]["adapters"]) if adapter is not None]
+        effect = Difference.between(largest_batch(stock), stock["unadapted"], adapted)
+        least = ADAPTER_EFFECT * yardstick
+        yield Comparison(phase, "effect of the adapters (at least)", effect, least, effect.rms >= least)
 
 
 def greedy(results: dict[str, dict]) -> tuple[str, list[str]]:

@@ -24,9 +24,11 @@ def answers(rng, truth: np.ndarray, error: float) -> dict:
 
 def engine(rng, truth: dict, error: float, wrapper: str, hits: int = 3) -> dict:
     agreement = {}
+    unadapted = np.random.default_rng(5).normal(-8, 1, (12, 32))
     for phase, values in truth.items():
         agreement[phase] = {str(n): answers(rng, values[:n], error) for n in REQUESTS}
         agreement[phase]["reversed"] = answers(rng, values, error)
+        agreement[phase]["unadapted"] = answers(rng, unadapted, error)
     agreement["greedy"] = [{"tokens": [7, 8], "logprobs": [{"7": -1.0, "9": -1.01}, {"8": -2.0}]}]
     status = {"patched": hits > 0, "counters": {"hit": {"lora_linear": hits}, "fallback": {}, "error": {}}}
     return {
@@ -96,7 +98,9 @@ def test_less_exact_than_stock_is_seen(results, verdict):
 
 
 def test_adapters_without_effect_prove_nothing(results, verdict):
-    results["base"]["agreement"] = copy.deepcopy(results["stock"]["agreement"])
+    for phase in ("decode", "prefill"):
+        answered = results["stock"]["agreement"][phase]
+        answered["unadapted"] = copy.deepcopy(answered["reversed"])
     status, output = verdict(results)
     assert status == 1
     assert "effect of the adapters" in output
