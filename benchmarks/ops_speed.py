@@ -184,7 +184,8 @@ def compile_job(name: str, case: Case, configs: list) -> None:
     for config in configs:
         with unusable_configs():
             impl.bind(problem, config)(0)
-    torch.cuda.synchronize()
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 def compile_ahead(cases: list[Case], impls: list, workers: int, deadline: float, say: Callable[[str], None]) -> None:
