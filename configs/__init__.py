@@ -1,1 +1,1 @@
-"""Tuned kernel configs per GPU, and the code that names, finds and checks them."""
+"""Launch parameters of the kernels (import name: ops_configs)."""

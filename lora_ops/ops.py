@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from ops_configs.lora import expand_config, shrink_config
 from ops_patches import counters
 
 from . import checks, reference
-from .config import MAX_SLICES, chunk_k, expand_config, shrink_config
+from .config import MAX_SLICES, chunk_k
 from .plan import TILE_ROWS, LoraPlan, plan_layout, tile_count_bound, tile_rows_for
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"

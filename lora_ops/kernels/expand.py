@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import ExpandConfig
+from ops_configs.lora import ExpandConfig
+
 from .launch import Tiles, slice_pointers
 from .tiles import load_tile, select_slice
 

@@ -16,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import ShrinkConfig, chunk_k
+from ops_configs.lora import ShrinkConfig
+
+from ..config import chunk_k
 from .launch import Tiles, slice_pointers
 from .tiles import load_tile, select_slice
 
