@@ -191,6 +191,8 @@ class Engine:
         if options.tp > 1:
             # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
+        if options.process == "patched" and torch.cuda.is_available():
+            arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
         if options.process != "base":
             self.adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(adapters, 1)]
             arguments |= {
