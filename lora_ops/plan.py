@@ -150,8 +150,7 @@ class LoraPlan:
         self._check(slots)
         staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
-        self.counts[0] = slots.size
-        self.counts[1] = num_active
+        self.counts.numpy()[:] = slots.size, num_active
         self.arena[:used].copy_(staging[:used], non_blocking=True)
 
     def _check(self, slots: np.ndarray) -> None:
@@ -196,24 +195,23 @@ class LoraPlan:
         for i, values in enumerate(extra):
             write(f"extra_{i}", values, 0)
 
-        starts = ends - tokens
         if groups.size and group_slots[0] == NO_ADAPTER:  # tiles without adapter come last
-            group_slots, tokens, starts = (np.roll(values, -1) for values in (group_slots, tokens, starts))
+            order = np.roll(order, -tokens[0])
+            group_slots, tokens = np.roll(group_slots, -1), np.roll(tokens, -1)
+        group = np.repeat(np.arange(groups.size), tokens)
+        index = np.arange(num_tokens) - (np.cumsum(tokens) - tokens)[group]  # of the token in its group
         tiles = 0
         for rows in TILE_ROWS:
             tile_slots = view(f"tile_slots_{rows}")
-            tile_slots[:] = NO_TILE
             if tile_rows_for(num_tokens) > rows:
+                tile_slots[:] = NO_TILE
                 continue
-            tiles_per_group = -(-tokens // rows)
-            tiles = int(tiles_per_group.sum())
-            tile_group = np.repeat(np.arange(groups.size), tiles_per_group)
-            first_tile = np.cumsum(tiles_per_group) - tiles_per_group
-            row_in_group = (np.arange(tiles) - first_tile[tile_group])[:, None] * rows + np.arange(rows)
-            live = row_in_group < tokens[tile_group][:, None]
-            position = np.where(live, starts[tile_group][:, None] + row_in_group, 0)
-            tile_slots[:tiles] = group_slots[tile_group]
-            tile_rows = view(f"tile_rows_{rows}")[: tiles * rows].reshape(tiles, rows)
-            tile_rows[:] = np.where(live, order[position], -1) if tiles else -1
+            group_tiles = -(-tokens // rows)
+            tile = (np.cumsum(group_tiles) - group_tiles)[group] + index // rows
+            tiles = int(group_tiles.sum())
+            write(f"tile_slots_{rows}", np.repeat(group_slots, group_tiles), NO_TILE)
+            tile_rows = view(f"tile_rows_{rows}")[: tiles * rows]
+            tile_rows[:] = -1
+            tile_rows[tile * rows + index % rows] = order
         num_active = int(np.count_nonzero(group_slots >= 0))
         return offsets["tile_rows_64"][0] + tiles * TILE_ROWS[1], groups.size, num_active
