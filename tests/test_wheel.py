@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,22 @@ def pip(*arguments) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def dependencies(requirement: str, found: set[str]) -> set[str]:
-    """Names of a distribution's dependencies of any depth that are installed here, added to `found`."""
-    for line in importlib.metadata.requires(requirement) or []:
+def declared(wheel: Path) -> list[str]:
+    """Requirements in the wheel's metadata."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return BytesParser().parsebytes(archive.read(name)).get_all("Requires-Dist")
+
+
+def dependencies(requirements: list[str], found: set[str]) -> set[str]:
+    """Names of the distributions that the requirements ask for, and those of any depth, added to `found`."""
+    for line in requirements:
         needed = Requirement(line)
         name = canonicalize_name(needed.name)
         if name in found or (needed.marker and not needed.marker.evaluate({"extra": ""})):
             continue
         found.add(name)
-        dependencies(name, found)
+        dependencies(importlib.metadata.requires(name) or [], found)
     return found
 
 
@@ -75,7 +83,7 @@ def clean_python(wheel, tmp_path_factory) -> Path:
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv/bin/python"
     (site,) = (folder / "venv/lib").glob("python*/site-packages")
-    for name in dependencies("serving-ops", set()):
+    for name in dependencies(declared(wheel), set()):
         distribution = importlib.metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
             link = site / top
@@ -116,10 +124,7 @@ def test_holds_every_source_file(wheel):
 
 
 def test_pins_neither_torch_nor_triton(wheel):
-    (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
-    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
-    needed = {line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")}
-    assert {"torch", "triton"} <= needed
+    assert {"torch", "triton"} <= set(declared(wheel))
 
 
 def test_imports_without_a_host_or_a_gpu(clean_python):
