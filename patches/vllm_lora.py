@@ -217,7 +217,7 @@ CONTRACTS = (
         CUDA_VERSIONS,
         "Sets the host's metadata, which our subclasses fill from the plan.",
         signature=INIT,
-        assigns=("_embeddings_indices", "_sampler_indices", "indices_len"),
+        assigns=("_embeddings_indices", "_sampler_indices", "_token_lora_indices", "indices_len"),
     ),
     Contract(
         "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase._select_full_linear_output",

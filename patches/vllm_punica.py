@@ -141,10 +141,7 @@ class PlannedLora:
     def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
         """y = W[slot] x + bias for the sampled positions whose adapter replaces the whole layer (classifier heads)."""
         adapter_y = torch.empty((1, x.size(0), weight_stacked.size(-2)), dtype=torch.float32, device=x.device)
-        plan = self._sampled()
-        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *_plan_args(plan), 1.0)
-        self._sampler_indices[: plan.num_tokens].copy_(plan.token_slots)
-        self.indices_len[1] = plan.num_tokens
+        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *_plan_args(self._sampled()), 1.0)
         y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
 
 

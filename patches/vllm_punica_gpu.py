@@ -1,6 +1,7 @@
 """Our subclass of vLLM's PunicaWrapperGPU; vLLM resolves it by name (see vllm_lora.py).
 
-The host's own metadata, which its fused-MoE LoRA methods read, are views of our plan: one copy a step fills both.
+The host's own metadata, which its fused-MoE LoRA methods and its classification heads read, are views of our plans: one
+copy a step fills both.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
         meta.active_lora_ids = self.plan.section("active_slots")
         meta.num_tokens_per_lora = self.plan.section("tokens_per_slot")
         meta.lora_token_start_loc = self.plan.section("slot_starts")
+        self._token_lora_indices = self.plan.section("token_slots")
+        self._sampler_indices = self.sampler_plan.section("token_slots")
         offsets = self.plan.section("extra_0")
         self._embeddings_indices = offsets.unsqueeze(0).expand(2, -1) if self._embeddings_indices.ndim == 2 else offsets
 
@@ -36,6 +39,7 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
         """Plan the step on the CPU and send it with one copy, without a sync."""
         self.is_prefill = mapping.is_prefill
         self._update_plans(mapping, lora_index_to_id, vocab_size)
+        self.indices_len[:2] = self.plan.num_tokens, self._sampler_slots.size
         meta = self.token_mapping_meta
         groups = self.plan.num_groups
         meta.no_lora_flag_cpu[0] = self.plan.num_active == 0

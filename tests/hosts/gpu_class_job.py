@@ -70,6 +70,7 @@ def metadata(wrapper, tokens: int) -> dict:
         fields[name] = fields[name][:tokens]
     fields["no_lora"] = bool(meta.no_lora_flag_cpu)
     fields["num_active"] = int(meta.num_active_loras_cpu)
+    fields["token_slots"] = wrapper.token_lora_indices.tolist()
     offsets = wrapper._embeddings_indices
     fields["embedding_offsets"] = (offsets[1] if offsets.ndim == 2 else offsets)[:tokens].tolist()
     return fields
