@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from .config import MAX_RANK
-from .plan import NO_ADAPTER
+from .plan import NO_ADAPTER, plan_layout
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def flat_weights(op: str, name: str, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -123,10 +124,16 @@ def same_rows(op: str, **rows: int) -> None:
         raise ValueError(f"{op}: row counts differ: {listed}")
 
 
-def plan_fits(op: str, weight: torch.Tensor, max_slots: int, arena: torch.Tensor) -> None:
-    """The plan must be on the device of the weights and must not name slots that they lack."""
+def plan_fits(op: str, weight: torch.Tensor, layout: Sequence[int], arena: torch.Tensor) -> None:
+    """The plan must be on the device of the weights, laid out as `layout` says, and not name slots that they lack."""
     if arena.device != weight.device:
         raise ValueError(f"{op}: the plan is on {arena.device}, the weights are on {weight.device}: build it there")
+    if arena.shape != (plan_layout(*layout).size,):
+        raise ValueError(
+            f"{op}: the plan's arena has shape {tuple(arena.shape)}, but max_tokens, max_slots and extra_tokens of "
+            f"{list(layout)} make {plan_layout(*layout).size} elements: they must be of one LoraPlan"
+        )
+    max_slots = layout[1]
     if max_slots > weight.shape[0]:
         raise ValueError(
             f"{op}: the plan has {max_slots} slots, the weights {weight.shape[0]}: build the LoraPlan with "
@@ -134,13 +141,20 @@ def plan_fits(op: str, weight: torch.Tensor, max_slots: int, arena: torch.Tensor
         )
 
 
+def integers(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """ValueError unless `tensor` is one dimension of integers on `device`."""
+    if tensor.ndim != 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected one dimension")
+    if tensor.device != device or tensor.dtype not in INDEX_DTYPES:
+        raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, expected int32 or int64 on {device}")
+
+
 def indices(op: str, slots: torch.Tensor, num_slots: int, device: torch.device) -> None:
     """Slot indices must be integers in -1..num_slots-1 on `device`.
 
     Reading them back from a GPU waits for it, so a capturing stream is not checked.
     """
-    if slots.device != device or slots.is_floating_point():
-        raise ValueError(f"{op}: slot_indices is {slots.dtype} on {slots.device}, expected integers on {device}")
+    integers(op, "slot_indices", slots, device)
     if slots.numel() == 0 or (slots.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     low, high = (int(value) for value in torch.aminmax(slots))

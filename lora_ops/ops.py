@@ -1,6 +1,7 @@
 """The LoRA ops: torch custom ops over the Triton kernels on CUDA tensors, over `reference.py` on CPU tensors.
 
-With TRITON_INTERPRET=1 in the environment, CPU tensors run the kernels too, in Triton's interpreter.
+With TRITON_INTERPRET=1 in the environment, CPU tensors run the kernels too, in Triton's interpreter; but not with bf16
+weights, which it would multiply as bit patterns.
 
 L adapter slots, M rows (tokens), K input features, R rank, S slices, N_s output features of slice s. Weights are
 A_s [L, R, K] and B_s [L, N_s, R] (or with a dimension of size 1 after L), fp16, bf16 or fp32; ranks are 1 to 512. Every
@@ -55,8 +56,8 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _uses_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda or INTERPRET
+def _uses_kernels(weight: torch.Tensor) -> bool:
+    return weight.is_cuda or (INTERPRET and weight.dtype != torch.bfloat16)
 
 
 @functools.cache
@@ -91,6 +92,7 @@ def _row_tiles(slot_indices: torch.Tensor):
     from .kernels.launch import Tiles
     from .kernels.tiles import ROW_TILES
 
+    slot_indices = slot_indices.contiguous()
     return Tiles(ROW_TILES.value, slot_indices.numel(), 16, (slot_indices, slot_indices, slot_indices))
 
 
@@ -100,7 +102,7 @@ def _segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_
 
     rows = tile_rows_for(token_nums)
     per_segment = -(-max_seq_length // rows)
-    pointers = (slot_indices, seq_starts, seq_lengths)
+    pointers = (slot_indices.contiguous(), seq_starts.contiguous(), seq_lengths.contiguous())
     return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, pointers, per_segment)
 
 
@@ -149,8 +151,10 @@ def _linear_kernels(y, x, lora_a, lora_b, scale: float, offset: int, add_inputs:
 _compiled: set[tuple] = set()
 
 
-def _run_plan(kernels: Callable, layer: tuple, arena: torch.Tensor, layout: Sequence[int], num_rows: int) -> None:
-    """Run `kernels(tiles)` over the tiles of a plan.
+def _run_plan(
+    kernels: Callable, layer: tuple, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
+) -> None:
+    """Run `kernels(tiles)` over the tiles of a plan: as many as its tokens need, or the rows that a batch is padded to.
 
     The first time that a layer is seen, its kernels are compiled for every tile size (a launch of no tiles compiles): a
     server sees all its layers while it profiles, so nothing is left to compile while it serves.
@@ -159,7 +163,8 @@ def _run_plan(kernels: Callable, layer: tuple, arena: torch.Tensor, layout: Sequ
         _compiled.add(layer)
         for rows in TILE_ROWS:
             kernels(replace(_plan_tiles(arena, layout, num_rows, rows), count=0))
-    kernels(_plan_tiles(arena, layout, num_rows, tile_rows_for(num_rows)))
+    tokens = max(num_rows, int(counts[0]))
+    kernels(_plan_tiles(arena, layout, tokens, tile_rows_for(tokens)))
 
 
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
@@ -178,6 +183,8 @@ def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 
 def _check_plan_rows(op: str, plan: LoraPlan, x: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():  # the plan's numbers are data there
+        return
     if x.ndim == 2 and plan.num_tokens > x.shape[0]:
         raise ValueError(
             f"{op}: the plan is for {plan.num_tokens} tokens, but there are {x.shape[0]} rows: update the plan"
@@ -196,15 +203,15 @@ def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     checks.planes(op, "out", out, len(weights), x.shape[0], rank, weights[0].device)
     checks.shrink_output(op, out)
     checks.same_shapes(op, "lora_a", weights)
-    checks.plan_fits(op, weights[0], layout[1], arena)
+    checks.plan_fits(op, weights[0], layout, arena)
     if x.shape[0] == 0:
         return
-    if not _uses_kernels(x):
+    if not _uses_kernels(weights[0]):
         reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(_shrink_kernels, x, weights[group], out[group], scale)
-        _run_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, x.shape[0])
+        _run_plan(kernels, _layer_key(op, x, *weights[group]), arena, counts, layout, x.shape[0])
 
 
 @_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
@@ -215,15 +222,16 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
     checks.matrix(op, "y", y, weights[0].device)
     checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
     checks.window(op, y, offset, sum(b.shape[1] for b in weights))
-    checks.plan_fits(op, weights[0], layout[1], arena)
+    checks.plan_fits(op, weights[0], layout, arena)
     if y.shape[0] == 0 or (add_inputs and counts[1] == 0):
         return
-    if not _uses_kernels(y):
+    if not _uses_kernels(weights[0]):
         reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(_expand_kernels, h[group].contiguous(), weights[group], y, offset, add_inputs)
-        _run_plan(kernels, (_layer_key(op, y, *weights[group]), h.dtype, add_inputs), arena, layout, y.shape[0])
+        layer = (_layer_key(op, y, *weights[group]), h.dtype, offset, add_inputs)
+        _run_plan(kernels, layer, arena, counts, layout, y.shape[0])
         offset += sum(b.shape[1] for b in weights[group])
 
 
@@ -247,15 +255,16 @@ def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add
     checks.matrix(op, "y", y, b[0].device)
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
     checks.window(op, y, offset, sum(weight.shape[1] for weight in b))
-    checks.plan_fits(op, a[0], layout[1], arena)
+    checks.plan_fits(op, a[0], layout, arena)
     if x.shape[0] == 0 or (add_inputs and counts[1] == 0):
         return
-    if not _uses_kernels(x):
+    if not _uses_kernels(a[0]):
         reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
         return
     for group in _slice_groups(len(a)):
         kernels = functools.partial(_linear_kernels, y, x, a[group], b[group], scale, offset, add_inputs)
-        _run_plan(kernels, (_layer_key(op, x, y, *a[group], *b[group]), add_inputs), arena, layout, x.shape[0])
+        layer = (_layer_key(op, x, y, *a[group], *b[group]), offset, add_inputs)
+        _run_plan(kernels, layer, arena, counts, layout, x.shape[0])
         offset += sum(weight.shape[1] for weight in b[group])
 
 
@@ -281,12 +290,13 @@ def _check_expand(op: str, x, weight, out, offset: int, width: int) -> None:
         raise ValueError(f"{op}: slice_size is {width}, but lora_b has {weight.shape[1]} output features")
 
 
-def _check_segments(op: str, seq_starts, seq_lengths, slots, batches: int, max_seq_length: int, rows: int) -> None:
+def _check_segments(
+    op: str, seq_starts, seq_lengths, slots, batches: int, max_seq_length: int, rows: int, device: torch.device
+) -> None:
     for name, tensor in (("seq_starts", seq_starts), ("seq_lengths", seq_lengths), ("slot_indices", slots)):
-        if tensor.ndim != 1 or tensor.shape[0] < batches:
+        checks.integers(op, name, tensor, device)
+        if tensor.shape[0] < batches:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least {batches} segments")
-        if tensor.device != slots.device or tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, expected integers on {slots.device}")
     checks.segments(op, seq_starts[:batches], seq_lengths[:batches], max_seq_length, rows)
 
 
@@ -295,11 +305,11 @@ def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
     op = "bgmv_shrink"
     weight = _classic_weight(op, "lora_a", lora_a, 1)
     _check_shrink(op, x, weight, out)
-    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
+    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
         return
-    if _uses_kernels(x):
+    if _uses_kernels(weight):
         _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _row_tiles(slot_indices))
     else:
         reference.bgmv_shrink(x, weight, out, slot_indices, scale)
@@ -313,11 +323,11 @@ def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, a
     op = "bgmv_expand_slice"
     weight = _classic_weight(op, "lora_b", lora_b, 2)
     _check_expand(op, x, weight, out, slice_offset, slice_size)
-    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
+    checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
         return
-    if _uses_kernels(x):
+    if _uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
         _expand_kernels(h, [weight], out, slice_offset, add_inputs, _row_tiles(slot_indices))
     else:
@@ -334,12 +344,12 @@ def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches,
     op = "sgmv_shrink"
     weight = _classic_weight(op, "lora_a", lora_a, 1)
     _check_shrink(op, x, weight, out)
-    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0])
+    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
     if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
         return
-    if _uses_kernels(x):
+    if _uses_kernels(weight):
         _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _segment_tiles(*segments))
     else:
         reference.sgmv_shrink(x, weight, out, *segments, scale)
@@ -366,12 +376,12 @@ def _sgmv_expand_slice(
     op = "sgmv_expand_slice"
     weight = _classic_weight(op, "lora_b", lora_b, 2)
     _check_expand(op, x, weight, out, slice_offset, slice_size)
-    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0])
+    _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
     if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
         return
-    if _uses_kernels(x):
+    if _uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
         _expand_kernels(h, [weight], out, slice_offset, add_inputs, _segment_tiles(*segments))
     else:

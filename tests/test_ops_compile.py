@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import lora_ops
+import lora_ops.ops  # registers torch.ops.lora_ops
 
 M, K, R, L = 6, 32, 8, 3
 WIDTHS = (24, 8)
@@ -35,9 +35,10 @@ def test_compiled_graph_follows_the_plan(backend):
 
     def model(x):
         y = x @ weight
-        torch.ops.lora_ops.lora_linear(
-            y, x, a, b, plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens], 1.0, 0, True
-        )
+        lora_ops.lora_linear(y, x, a, b, plan)
+        h = y.new_zeros(len(WIDTHS), x.shape[0], R)
+        lora_ops.lora_shrink(x, a, h, plan)
+        lora_ops.lora_expand(h, b, y, plan)
         return torch.relu(y) + 1
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)

@@ -88,6 +88,15 @@ def test_a_plan_of_another_batch():
         lora_ops.lora_linear(**arguments)
 
 
+def test_an_arena_of_another_layout():
+    """A compiled graph that outlives its plan must not read another plan with the old offsets."""
+    arguments = good()
+    plan = arguments["plan"]
+    tensors = [arguments[name] for name in ("y", "x", "lora_a", "lora_b")]
+    with pytest.raises(ValueError, match=r"arena has shape .* of \[64, 3, 0\] make .* they must be of one LoraPlan"):
+        torch.ops.lora_ops.lora_linear(*tensors, plan.arena, plan.counts, [64, L, 0], 1.0, 0, True)
+
+
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
@@ -114,6 +123,8 @@ def test_expand_input():
         (torch.tensor([0, 1, 3, 0]), r"slot_indices span 0\.\.3, but slots are 0\.\.2"),
         (torch.tensor([0, -2, 1, 0]), r"slot_indices span -2\.\.1"),
         (torch.tensor([0.0, 1, 1, 0]), "slot_indices is torch.float32"),
+        (torch.tensor([True, True, False, True]), "slot_indices is torch.bool"),
+        (torch.tensor([[0, 1], [1, 1], [0, 0], [2, 1]]), r"slot_indices has shape \(4, 2\), expected one dimension"),
         (torch.tensor([0, 1]), "row counts differ: x 4, slot_indices 2"),
     ],
 )

@@ -57,6 +57,21 @@ def test_bgmv_expand_slice(shape, dtype, device, add_inputs):
     assert_close(out, expected, tolerance(dtype))
 
 
+def test_indices_may_be_strided(device):
+    """Columns of a larger tensor: neighbours in memory belong to other rows."""
+    x, a = draw(torch.float16, device, 6, 64), draw(torch.float16, device, 4, 8, 64, scale=0.125)
+    table = torch.tensor([[0, 3, 2], [3, 3, -1], [6, 0, 3]], device=device)  # first row, rows, slot
+    starts, lengths, slots = table[:2].unbind(1)
+    row_slots = torch.tensor([[2, 0], [2, 0], [2, 1], [-1, 1], [-1, 3], [3, 3]], device=device)[:, 0]
+    out, expected = torch.full((6, 8), nan, device=device), torch.full((6, 8), nan, device=device)
+    lora_ops.bgmv_shrink(x, a, out, row_slots)
+    reference.bgmv_shrink(x, a, expected, row_slots)
+    assert_close(out, expected, 1e-5)
+    lora_ops.sgmv_shrink(x, a, out.fill_(nan), starts, lengths, slots, 2, 3, 6)
+    reference.sgmv_shrink(x, a, expected.fill_(nan), starts, lengths, slots, 2, 3, 6)
+    assert_close(out, expected, 1e-5)
+
+
 SEGMENTS = [([], []), ([5], [0]), ([1, 30, 0, 70], [0, -1, 2, 1]), ([600, 3], [1, 0])]  # lengths, slots
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lora_ops
-from lora_ops import reference
+from lora_ops import ops, reference
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
 
@@ -85,6 +85,33 @@ def test_padding_rows_are_not_touched(device, tokens):
     assert h[:, tokens:].isnan().all()
     assert not layer.y[:tokens, :32].isnan().any()
     assert not h[:, :tokens].isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [40, 530])
+def test_fewer_rows_than_the_plan_has_tokens(device, tokens):
+    """Each row uses the slot of its own token, wherever the tile of that token stands in the plan."""
+    layer = make_layer(Case(tokens, 64, (32,), 8, 12, "part of a plan"), torch.float16, device)
+    plan = layer.plan
+    plan.update([11, 10, 9] + list(range(11)) * ((tokens - 3) // 11))
+    x, y, h = layer.x[:3], layer.y[:3], torch.full((1, 3, 8), nan, device=device)
+    expected, expected_h = y.float().clone(), torch.zeros_like(h)
+    arguments = (plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens])
+    torch.ops.lora_ops.lora_shrink(x, layer.lora_a, h, *arguments, 1.0)
+    torch.ops.lora_ops.lora_linear(y, x, layer.lora_a, layer.lora_b, *arguments, 1.0, 0, True)
+    reference.lora_shrink(x, layer.lora_a, expected_h, plan)
+    reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan)
+    assert_close(h, expected_h, 1e-5)
+    assert_close(y, expected, tolerance(torch.float16))
+
+
+def test_bf16_weights_without_a_gpu_take_the_reference(device):
+    """Triton's interpreter multiplies bf16 as bit patterns."""
+    if device != "cpu":
+        pytest.skip("the kernels run on the GPU")
+    layer = make_layer(CASES[3], torch.bfloat16, device)
+    expected = reference_linear(layer, layer.y, 1.0, True)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
+    assert_close(layer.y, expected, tolerance(torch.bfloat16))
 
 
 def test_four_dimensional_weights(device):
@@ -232,6 +259,17 @@ def test_torch_compile(device, dtype):
         layer.plan.update(np.random.default_rng().integers(-1, 6, tokens))
         x = layer.x[:tokens].contiguous()
         assert_close(compiled(x), model(x).float(), tolerance(dtype))
+
+
+def test_equal_slices_at_another_offset_are_another_layer(device, monkeypatch):
+    """The offset is compiled in: the second three slices of six equal ones need kernels of their own."""
+    seen = []
+    monkeypatch.setattr(ops, "_run_plan", lambda kernels, layer, *plan: seen.append(layer))
+    layer = make_layer(Case(4, 32, (8,) * 6, 8, 2, "two equal groups"), torch.float16, device)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    h = torch.zeros(6, 4, 8, device=device)
+    lora_ops.lora_expand(h, layer.lora_b, layer.y, layer.plan)
+    assert len(seen) == len(set(seen)) == 4
 
 
 @pytest.mark.parametrize("warm", ["first call", "warmup"])
