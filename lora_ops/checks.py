@@ -58,11 +58,18 @@ def same_shapes(op: str, name: str, weights: Sequence[torch.Tensor]) -> None:
             )
 
 
-def rank_of(op: str, name: str, weight: torch.Tensor, dim: int) -> int:
-    """Rank of a weight [L, R, K] (dim 1) or [L, N, R] (dim 2); ValueError outside 1..512."""
-    rank = weight.shape[dim]
+def shrink_rank(op: str, weight: torch.Tensor) -> int:
+    """Rank of A [L, R, K]: any, for vLLM shrinks whole classifier heads; ValueError if there is none."""
+    if weight.shape[1] < 1:
+        raise ValueError(f"{op}: lora_a has shape {tuple(weight.shape)}, its rank must be at least 1")
+    return weight.shape[1]
+
+
+def expand_rank(op: str, weight: torch.Tensor) -> int:
+    """Rank of B [L, N, R]; ValueError outside 1..512."""
+    rank = weight.shape[2]
     if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"{op}: {name} has rank {rank}, supported ranks are 1 to {MAX_RANK}")
+        raise ValueError(f"{op}: lora_b has rank {rank}, supported ranks are 1 to {MAX_RANK}")
     return rank
 
 

@@ -4,12 +4,13 @@ With TRITON_INTERPRET=1 in the environment, CPU tensors run the kernels too, in 
 weights, which it would multiply as bit patterns.
 
 L adapter slots, M rows (tokens), K input features, R rank, S slices, N_s output features of slice s. Weights are
-A_s [L, R, K] and B_s [L, N_s, R] (or with a dimension of size 1 after L), fp16, bf16 or fp32; ranks are 1 to 512. Every
-op is deterministic, and a row's result does not depend on the other rows of the batch.
+A_s [L, R, K] and B_s [L, N_s, R] (or with a dimension of size 1 after L), fp16, bf16 or fp32; an expand takes ranks 1
+to 512. Every op is deterministic, and a row's result does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _library = torch.library.Library("lora_ops", "DEF")
 
 
+def _device_of(args: Sequence) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it that of the tensors."""
+    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def _register(schema: str) -> Callable[[Callable], Callable]:
     """Register a function that mutates its arguments and returns nothing as torch.ops.lora_ops.<name>.
 
@@ -41,7 +48,8 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def counted(*args, **kwargs) -> None:
             try:
-                function(*args, **kwargs)
+                with _device_of(args):
+                    function(*args, **kwargs)
             except Exception as error:
                 counters.error(name, type(error))
                 raise
@@ -198,7 +206,7 @@ PLAN_SCHEMA = "Tensor arena, Tensor counts, int[] layout"
 def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     op = "lora_shrink"
     weights = checks.flat_weights(op, "lora_a", lora_a)
-    rank = checks.rank_of(op, "lora_a", weights[0], 1)
+    rank = checks.shrink_rank(op, weights[0])
     checks.input_rows(op, x, weights[0])
     checks.planes(op, "out", out, len(weights), x.shape[0], rank, weights[0].device)
     checks.shrink_output(op, out)
@@ -218,7 +226,7 @@ def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
 def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
     op = "lora_expand"
     weights = checks.flat_weights(op, "lora_b", lora_b)
-    rank = checks.rank_of(op, "lora_b", weights[0], 2)
+    rank = checks.expand_rank(op, weights[0])
     checks.matrix(op, "y", y, weights[0].device)
     checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
     checks.window(op, y, offset, sum(b.shape[1] for b in weights))
@@ -244,8 +252,8 @@ def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add
     if len(lora_a) != len(lora_b):
         raise ValueError(f"{op}: lora_a has {len(lora_a)} slices, lora_b has {len(lora_b)}")
     a, b = checks.flat_weights(op, "lora_a", lora_a), checks.flat_weights(op, "lora_b", lora_b)
-    rank = checks.rank_of(op, "lora_a", a[0], 1)
-    if b[0].shape[2] != rank or b[0].shape[0] != a[0].shape[0] or b[0].dtype != a[0].dtype:
+    rank = checks.expand_rank(op, b[0])
+    if a[0].shape[1] != rank or b[0].shape[0] != a[0].shape[0] or b[0].dtype != a[0].dtype:
         raise ValueError(
             f"{op}: lora_a is {a[0].dtype} {tuple(a[0].shape)} and lora_b {b[0].dtype} {tuple(b[0].shape)}: "
             "slots, rank and dtype must agree"
@@ -268,13 +276,8 @@ def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add
         offset += sum(weight.shape[1] for weight in b[group])
 
 
-def _classic_weight(op: str, name: str, weight: torch.Tensor, rank_dim: int) -> torch.Tensor:
-    flat = checks.flat_weights(op, name, [weight])[0]
-    checks.rank_of(op, name, flat, rank_dim)
-    return flat
-
-
 def _check_shrink(op: str, x, weight, out) -> None:
+    checks.shrink_rank(op, weight)
     checks.input_rows(op, x, weight)
     checks.matrix(op, "out", out, weight.device, weight.shape[1])
     checks.shrink_output(op, out)
@@ -282,6 +285,7 @@ def _check_shrink(op: str, x, weight, out) -> None:
 
 
 def _check_expand(op: str, x, weight, out, offset: int, width: int) -> None:
+    checks.expand_rank(op, weight)
     checks.matrix(op, "x", x, weight.device, weight.shape[2])
     checks.matrix(op, "out", out, weight.device)
     checks.same_rows(op, x=x.shape[0], out=out.shape[0])
@@ -303,7 +307,7 @@ def _check_segments(
 @_register("bgmv_shrink(Tensor x, Tensor lora_a, Tensor(a!) out, Tensor slot_indices, float scale)")
 def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
     op = "bgmv_shrink"
-    weight = _classic_weight(op, "lora_a", lora_a, 1)
+    weight = checks.flat_weights(op, "lora_a", [lora_a])[0]
     _check_shrink(op, x, weight, out)
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
@@ -321,7 +325,7 @@ def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
 )
 def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, add_inputs):
     op = "bgmv_expand_slice"
-    weight = _classic_weight(op, "lora_b", lora_b, 2)
+    weight = checks.flat_weights(op, "lora_b", [lora_b])[0]
     _check_expand(op, x, weight, out, slice_offset, slice_size)
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
@@ -342,7 +346,7 @@ SEGMENT_SCHEMA = (
 @_register(f"sgmv_shrink(Tensor x, Tensor lora_a, Tensor(a!) out, {SEGMENT_SCHEMA}, float scale)")
 def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums, scale):
     op = "sgmv_shrink"
-    weight = _classic_weight(op, "lora_a", lora_a, 1)
+    weight = checks.flat_weights(op, "lora_a", [lora_a])[0]
     _check_shrink(op, x, weight, out)
     _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
@@ -374,7 +378,7 @@ def _sgmv_expand_slice(
     add_inputs,
 ):
     op = "sgmv_expand_slice"
-    weight = _classic_weight(op, "lora_b", lora_b, 2)
+    weight = checks.flat_weights(op, "lora_b", [lora_b])[0]
     _check_expand(op, x, weight, out, slice_offset, slice_size)
     _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
@@ -521,7 +525,8 @@ def sgmv_shrink(
 
     Args:
         x, lora_a, out: as `bgmv_shrink`; rows that no segment covers stay as they are.
-        seq_starts, seq_lengths, slot_indices: int [at least batches], first row, rows and slot of each segment.
+        seq_starts, seq_lengths, slot_indices: int [at least batches], first row, rows and slot of each segment; no two
+            segments may overlap.
         batches: segments; max_seq_length: rows of the longest; token_nums: rows of all.
 
     Raises:

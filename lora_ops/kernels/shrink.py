@@ -137,15 +137,19 @@ def sum_planes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Grid: (tiles * S,), slices fastest. A program owns out[s, rows of its tile, :]; rows of slot -1 become zero."""
+    """Grid: (tiles * S * ceil(R / BLOCK_R),), blocks of R fastest, then slices.
+
+    A program owns out[s, rows of its tile, block of R]; rows of slot -1 become zero.
+    """
+    RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
-    lora_slice = pid % SLICES
+    lora_slice = pid // RANK_BLOCKS % SLICES
     slot, rows, live = load_tile(
-        pid // SLICES, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
+        pid // (RANK_BLOCKS * SLICES), slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
     )
     if slot == -2:
         return
-    ranks = tl.arange(0, BLOCK_R)
+    ranks = pid % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = live[:, None] & (ranks < RANK)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if slot >= 0:
@@ -158,7 +162,8 @@ def sum_planes_kernel(
 def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles) -> None:
     """out [S, M, R] = sum of planes [C, S, M, R] for the rows of the tiles, in the order in which expand adds them."""
     num_planes, slices, num_rows, rank = planes.shape
-    sum_planes_kernel[(tiles.count * slices,)](
+    block_r = min(triton.next_power_of_2(rank), 128)
+    sum_planes_kernel[(tiles.count * slices * triton.cdiv(rank, block_r),)](
         planes,
         out,
         *tiles.pointers,
@@ -169,7 +174,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles) -> None:
         PLANES=num_planes,
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,
-        BLOCK_R=triton.next_power_of_2(rank),
+        BLOCK_R=block_r,
     )
 
 

@@ -51,6 +51,25 @@ def test_shrink(case, dtype, device):
     assert_close(out, expected, 1e-5)  # fp32 out of exact products
 
 
+@pytest.mark.parametrize("tokens", [9, 520])
+def test_shrink_takes_ranks_beyond_those_of_lora(dtype, device, tokens):
+    """vLLM shrinks whole classifier heads: 600 labels, in both tile sizes."""
+    layer = make_layer(Case(tokens, 1100, (16,), 600, 2, "classifier head"), dtype, device)
+    out, expected = torch.full((1, tokens, 600), nan, device=device), torch.zeros(1, tokens, 600, device=device)
+    lora_ops.lora_shrink(layer.x, layer.lora_a, out, layer.plan)
+    reference.lora_shrink(layer.x, layer.lora_a, expected, layer.plan)
+    assert_close(out, expected, 1e-5)
+
+
+def test_tensors_on_another_gpu_than_the_current(dtype, device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layer = make_layer(CASES[3], dtype, "cuda:1")
+    expected = reference_linear(layer, layer.y, 1.0, True)
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 1.0, layer.offset)
+    assert_close(layer.y, expected, tolerance(dtype))
+
+
 @every_case
 @pytest.mark.parametrize("h_dtype", [torch.float32, None], ids=["fp32 h", "h as weights"])
 def test_expand(case, dtype, device, h_dtype):
