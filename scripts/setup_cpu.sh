@@ -28,9 +28,10 @@ if ! done_before "$VENV/packages.stamp" "$want"; then
     fi
     torch=$(grep '^torch==' requirements/cpu.txt)
     step "1/3 $torch"
-    # The default index has the CPU build only where it is mirrored; PyTorch's own index always has it.
-    "${PIP[@]}" install --no-deps "$torch" 2>/dev/null ||
-        "${PIP[@]}" install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
+    if ! "${PIP[@]}" install --no-deps "$torch"; then
+        echo "pip found no $torch: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds" >&2
+        exit 1
+    fi
     step "2/3 $(grep -c == requirements/cpu.txt) packages, about 3 GB on disk"
     "${PIP[@]}" install --no-deps --no-compile -r requirements/cpu.txt  # Python compiles what it imports
     echo "$want" > "$VENV/packages.stamp"
