@@ -1,10 +1,12 @@
 """The demo's verdict: it must not look right when the patch did not fire, or when answers differ."""
 
 import copy
+import io
 
 import pytest
-from demo import OURS, faults_of_run, faults_of_tokens
+from demo import OURS, PLACES, faults_of_run, faults_of_tokens, table
 from engine_job import compare
+from rich.console import Console
 
 ADAPTERS = (None, "a", "b")
 
@@ -93,3 +95,15 @@ def test_a_near_tie_is_told_from_a_wrong_answer():
     got["tokens"][1] = 55
     assert not compare(expected, got, tie=0.3).tie
     assert compare(expected, got).tokens == 1
+
+
+@pytest.mark.parametrize(("gap", "dtype", "cell"), [(0.05, "bfloat16", "2/3, 1 near-tie"), (0.3, "bfloat16", "2/3")])
+def test_the_table_tells_near_ties_from_differences(gap, dtype, cell):
+    results = {(place, patched): copy.deepcopy(good(patched)) for place in PLACES for patched in (False, True)}
+    expected, got = (results["in process", patched]["requests"][1] for patched in (False, True))
+    got["tokens"] = [*got["tokens"][:2], got["tokens"][2] + 100]
+    expected["logprobs"][2] = {str(expected["tokens"][2]): -0.5, str(got["tokens"][2]): -0.5 - gap}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(results, dtype))
+    rows = [line for line in console.export_text().splitlines() if "│ a " in line]
+    assert [row.split("│")[4].strip() for row in rows] == [cell, "3/3"]
