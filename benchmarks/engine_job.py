@@ -52,6 +52,8 @@ def environment(job: Job) -> dict[str, str]:
     }
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # FlashInfer compiles its sampler for minutes when it first starts on a machine; greedy requests need none of it.
+    env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     return env
 
 
@@ -173,6 +175,18 @@ def build_engine(job: Job):
     return LLM(**(options | job.engine))
 
 
+def published(worker: dict, timeout: float = 20 * state.INTERVAL_S) -> list[dict]:
+    """The status files of all patched processes, once the worker has published its last step, or after `timeout` s."""
+    deadline = time.monotonic() + timeout
+    while True:
+        processes = state.processes()
+        counters = [process["vllm"]["counters"] for process in processes if process["pid"] == worker["pid"]]
+        unpatched = not (worker["status"] and worker["status"]["patched"])
+        if unpatched or counters == [worker["status"]["counters"]] or time.monotonic() > deadline:
+            return processes
+        time.sleep(state.INTERVAL_S / 10)
+
+
 def run(job: Job) -> dict:
     """Patch as the job asks, build the engine, generate and look into the worker."""
     if job.patch == "call":
@@ -185,7 +199,7 @@ def run(job: Job) -> dict:
     requests = generate(llm, job)
     done = time.perf_counter()
     (worker,) = llm.collective_rpc(inspect_worker)
-    time.sleep(state.INTERVAL_S)  # by then the worker has published its last step
+    processes = published(worker)
 
     import vllm
 
@@ -193,7 +207,7 @@ def run(job: Job) -> dict:
         "vllm": vllm.__version__,
         "pid": os.getpid(),
         "worker": worker,
-        "processes": state.processes(),
+        "processes": processes,
         "requests": requests,
         "start_s": ready - start,
         "generate_s": done - ready,
