@@ -24,7 +24,7 @@ from ops_patches import counters
 
 from . import checks, reference
 from .config import MAX_SLICES, chunk_k
-from .plan import TILE_ROWS, LoraPlan, plan_layout, tile_count_bound, tile_rows_for
+from .plan import TILE_ROWS, LoraPlan, plan_args, plan_layout, tile_count_bound, tile_rows_for
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -184,10 +184,6 @@ def _slice_groups(slices: int) -> Iterator[slice]:
     """Slices of a layer, as many at a time as the kernels take."""
     for first in range(0, slices, MAX_SLICES):
         yield slice(first, min(first + MAX_SLICES, slices))
-
-
-def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
 
 
 def _check_plan_rows(op: str, plan: LoraPlan, x: torch.Tensor) -> None:
@@ -408,7 +404,7 @@ def lora_shrink(
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
     _check_plan_rows("lora_shrink", plan, x)
-    torch.ops.lora_ops.lora_shrink(x, list(lora_a), out, *_plan_args(plan), float(scale))
+    torch.ops.lora_ops.lora_shrink(x, list(lora_a), out, *plan_args(plan), float(scale))
 
 
 def lora_expand(
@@ -433,7 +429,7 @@ def lora_expand(
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
     _check_plan_rows("lora_expand", plan, y)
-    torch.ops.lora_ops.lora_expand(h, list(lora_b), y, *_plan_args(plan), offset, add_inputs)
+    torch.ops.lora_ops.lora_expand(h, list(lora_b), y, *plan_args(plan), offset, add_inputs)
 
 
 def lora_linear(
@@ -455,9 +451,7 @@ def lora_linear(
         ValueError, TypeError: an argument does not fit; the message says which and what to do.
     """
     _check_plan_rows("lora_linear", plan, x)
-    torch.ops.lora_ops.lora_linear(
-        y, x, list(lora_a), list(lora_b), *_plan_args(plan), float(scale), offset, add_inputs
-    )
+    torch.ops.lora_ops.lora_linear(y, x, list(lora_a), list(lora_b), *plan_args(plan), float(scale), offset, add_inputs)
 
 
 def bgmv_shrink(

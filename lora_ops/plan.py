@@ -215,3 +215,8 @@ class LoraPlan:
             tile_rows[tile * rows + index % rows] = order
         num_active = int(np.count_nonzero(group_slots >= 0))
         return offsets["tile_rows_64"][0] + tiles * TILE_ROWS[1], groups.size, num_active
+
+
+def plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """A plan as the ops of torch.ops.lora_ops take it: arena, counts, layout."""
+    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import lora_ops.ops  # noqa: F401 (registers torch.ops.lora_ops)
-from lora_ops.plan import NO_ADAPTER, LoraPlan
+from lora_ops.plan import NO_ADAPTER, LoraPlan, plan_args
 from ops_patches import counters, state
 
 
@@ -68,7 +68,7 @@ class PlannedLora:
     def add_shrink(self, y, x, lora_a_stacked, scale: float, **kwargs) -> None:
         """y[s] = scale * A_s x for each slice s; y fp32 [S, M, R], zero for rows without adapter."""
         x = x.view(-1, x.shape[-1])
-        torch.ops.lora_ops.lora_shrink(x, list(lora_a_stacked), y, *_plan_args(self.plan), scale)
+        torch.ops.lora_ops.lora_shrink(x, list(lora_a_stacked), y, *plan_args(self.plan), scale)
 
     def add_expand(
         self,
@@ -83,13 +83,13 @@ class PlannedLora:
         """y[:, columns of slice s] (+)= B_s x[s], slices side by side from offset_start; x [S, M, R]."""
         _check_slices("add_expand", lora_b_stacked, output_slices)
         y = y.view(-1, y.shape[-1])
-        torch.ops.lora_ops.lora_expand(x, list(lora_b_stacked), y, *_plan_args(self.plan), offset_start, add_inputs)
+        torch.ops.lora_ops.lora_expand(x, list(lora_b_stacked), y, *plan_args(self.plan), offset_start, add_inputs)
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs
     ) -> None:
         """y (+)= B x, with x [M, R] the rows of lora_a that the tokens picked."""
-        torch.ops.lora_ops.lora_expand(x.unsqueeze(0), [lora_b_stacked], y, *_plan_args(self.plan), 0, add_inputs)
+        torch.ops.lora_ops.lora_expand(x.unsqueeze(0), [lora_b_stacked], y, *plan_args(self.plan), 0, add_inputs)
 
     def add_lora_linear(
         self,
@@ -113,7 +113,7 @@ class PlannedLora:
             x.view(-1, x.shape[-1]),
             list(lora_a_stacked),
             list(lora_b_stacked),
-            *_plan_args(self.plan),
+            *plan_args(self.plan),
             scale,
             0,
             add_inputs,
@@ -135,18 +135,14 @@ class PlannedLora:
             raise ValueError("add_lora_logits makes its own buffer: call it without one")
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         torch.ops.lora_ops.lora_linear(
-            y, x, [lora_a_stacked], [lora_b_stacked], *_plan_args(self._sampled()), scale, 0, True
+            y, x, [lora_a_stacked], [lora_b_stacked], *plan_args(self._sampled()), scale, 0, True
         )
 
     def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
         """y = W[slot] x + bias for the sampled positions whose adapter replaces the whole layer (classifier heads)."""
         adapter_y = torch.empty((1, x.size(0), weight_stacked.size(-2)), dtype=torch.float32, device=x.device)
-        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *_plan_args(self._sampled()), 1.0)
+        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *plan_args(self._sampled()), 1.0)
         y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
-
-
-def _plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
 
 
 def _check_slices(method: str, lora_b_stacked: Sequence[torch.Tensor], output_slices: Sequence[int]) -> None:
