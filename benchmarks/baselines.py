@@ -19,16 +19,14 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import triton
 from problem import Problem
-from shapes import PREFILL_TOKENS, Case
+from shapes import Case
 
 Run = Callable[[int], None]
 Measure = Callable[[Run], float]
@@ -217,21 +215,12 @@ class VllmTuned(Vllm):
 
 
 def sample_configs(op: str, case: Case) -> list[dict]:
-    """Configs without needless work: no tile above an adapter's rows or the rank, no split without a block of K."""
-    rank = max(16, triton.next_power_of_2(case.rank))
-    rows = max(16, triton.next_power_of_2(-(-case.tokens // case.adapters)))
-    space = {"block_m": [m for m in (16, 32, 64, 128) if m <= rows]}
-    if op == "shrink":
-        splits = (1, 4, 8, 16, 32) if case.tokens < PREFILL_TOKENS else (1, 2, 4, 8)
-        space |= {"block_n": [n for n in (16, 32, 64) if n <= rank], "block_k": (32, 64, 128, 256), "split_k": splits}
-        space |= {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4), "group_size_m": (8,)}
-    else:
-        space |= {"block_n": (32, 64, 128, 256), "block_k": [k for k in (16, 32, 64) if k <= rank]}
-        space |= {"num_warps": (2, 4, 8), "num_stages": (2, 3)}
-    grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    grid = [config for config in grid if config["block_k"] * config.get("split_k", 1) <= max(case.module.k, 256)]
-    sample = random.Random(0).sample(grid, min(SWEEP_SIZE - 1, len(grid)))
-    return [{**config, "num_ctas": 1, "max_nreg": None} for config in sample]
+    """What the tuner of vLLM's kernels would try too, and as many as fit SWEEP_SIZE beside the default."""
+    from ops_patches import vllm_lora_configs
+
+    return vllm_lora_configs.sample_configs(
+        op, case.module.k, case.rank, case.tokens, case.adapters, count=SWEEP_SIZE - 1
+    )
 
 
 class SglangCsgmv:

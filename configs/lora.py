@@ -1,4 +1,4 @@
-"""Launch parameters of the LoRA kernels: analytic defaults from the sizes of a layer.
+"""Launch parameters of the LoRA kernels: tuned ones from files, and analytic defaults from the sizes of a layer.
 
 Nothing here changes a result: the order of summation is fixed in `lora_ops.config`. The thresholds come from a sweep
 over Llama-3-8B's layers on an H200 (ranks 16 and 64; 1 to 256 tokens for tiles of 16 rows, 8192 for tiles of 64).
@@ -6,12 +6,21 @@ over Llama-3-8B's layers on an H200 (ranks 16 and 64; 1 to 256 tokens for tiles 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from .files import expand_file, shrink_file
+from .store import BUCKETS, SMALL_BATCH, cached, find, forgetting, padded, row_bucket
 
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """block_n: ranks of a program; block_k: elements of K a step; num_warps, num_stages: as Triton takes them."""
+    """Launch parameters of the shrink.
+
+    block_n: columns of a program, of the S * R columns of all slices; block_k: elements of K a step; num_warps,
+    num_stages: as Triton takes them.
+    """
 
     block_n: int
     block_k: int
@@ -21,33 +30,91 @@ class ShrinkConfig:
 
 @dataclass(frozen=True)
 class ExpandConfig:
-    """block_n: output features of a program; block_r: ranks a step; num_warps, num_stages: as Triton takes them."""
+    """Launch parameters of the expand.
+
+    block_n: output features of a step; block_r: ranks a step; num_warps, num_stages: as Triton takes them;
+    programs_per_sm: programs on each multiprocessor that share the work, at most.
+    """
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int
 
 
-def _padded(size: int) -> int:
-    """The next power of two, at least the 16 that a tensor core takes."""
-    return max(1 << max(size - 1, 0).bit_length(), 16)
-
-
-def shrink_config(k: int, rank: int, tile_rows: int) -> ShrinkConfig:
-    """Launch parameters of the shrink for x [*, k] and A [slots, rank, k], tiles of tile_rows rows."""
-    ranks = _padded(rank)
-    if tile_rows == 16:
+def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfig:
+    """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], where no tuned ones are known."""
+    ranks = padded(rank)
+    if num_rows <= SMALL_BATCH:
         if ranks == 16:
-            return ShrinkConfig(16, min(128, _padded(k)), num_warps=2, num_stages=4)
-        return ShrinkConfig(32, min(256, _padded(k)), num_warps=4, num_stages=3)
-    if ranks == 16:
-        return ShrinkConfig(16, min(128, _padded(k)), num_warps=4, num_stages=3)
-    return ShrinkConfig(min(ranks, 64), min(64, _padded(k)), num_warps=4, num_stages=4)
+            return ShrinkConfig(16, min(128, padded(k)), num_warps=2, num_stages=4)
+        return ShrinkConfig(32, min(128, padded(k)), num_warps=2, num_stages=4)
+    columns = padded(slices * rank)
+    return ShrinkConfig(min(columns, 64), min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
 
 
-def expand_config(n: int, rank: int, tile_rows: int) -> ExpandConfig:
-    """Launch parameters of the expand for B [slots, n, rank], n the widest slice, tiles of tile_rows rows."""
-    ranks = _padded(rank)
-    warps = 4 if tile_rows > 16 or ranks > 32 else ranks // 16
-    return ExpandConfig(min(128, _padded(n)), min(ranks, 64), num_warps=warps, num_stages=2)
+def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandConfig:
+    """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known."""
+    ranks = padded(rank)
+    block_n = min(128, padded(max(widths)))
+    if num_rows <= SMALL_BATCH:
+        warps = 1 if ranks <= 32 else 2
+        return ExpandConfig(block_n, min(ranks, 64), num_warps=warps, num_stages=2, programs_per_sm=16 // warps)
+    return ExpandConfig(block_n, min(ranks, 64), num_warps=4, num_stages=2, programs_per_sm=6)
+
+
+_pinned: tuple[int, ShrinkConfig | None, ExpandConfig | None] | None = None
+
+
+@contextlib.contextmanager
+def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | None) -> Iterator[None]:
+    """For the tuner: batches of the bucket of num_rows run these configs inside, None = the analytic default."""
+    global _pinned
+    _pinned = (row_bucket(num_rows), shrink, expand)
+    try:
+        with forgetting():
+            yield
+    finally:
+        _pinned = None
+
+
+def shrink_config(k: int, slices: int, rank: int, num_rows: int, dtype, device) -> ShrinkConfig:
+    """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], tuned or analytic.
+
+    Raises:
+        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+    """
+    return _shrink_config(k, slices, rank, row_bucket(num_rows), dtype, device)
+
+
+@cached
+def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -> ShrinkConfig:
+    if _pinned and _pinned[0] == bucket:
+        tuned = _pinned[1]
+    else:
+        tuned = find(shrink_file(k, slices), ShrinkConfig, rank, bucket, dtype, device)
+    return tuned or shrink_default(k, slices, rank, bucket)
+
+
+def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device) -> ExpandConfig:
+    """Launch parameters of the expand for B_s [slots, widths[s], rank] and y with num_rows rows, tuned or analytic.
+
+    Raises:
+        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+    """
+    return _expand_config(widths, rank, row_bucket(num_rows), dtype, device)
+
+
+@cached
+def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, device) -> ExpandConfig:
+    if _pinned and _pinned[0] == bucket:
+        tuned = _pinned[2]
+    else:
+        tuned = find(expand_file(widths), ExpandConfig, rank, bucket, dtype, device)
+    return tuned or expand_default(widths, rank, bucket)
+
+
+def row_buckets() -> tuple[int, ...]:
+    """Numbers of rows that stand for all others: what a layer may be asked to run. None while configs are pinned."""
+    return () if _pinned else BUCKETS

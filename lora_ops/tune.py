@@ -1,0 +1,401 @@
+"""python -m lora_ops.tune: measure launch parameters for a model's LoRA layers on this machine's GPUs, and write them.
+
+    python -m lora_ops.tune --model llama3-8b                     # or a folder with a config.json; --tp 1 2
+    python -m lora_ops.tune --shape 4096:4096,1024,1024 --ranks 16 --tokens 64
+    python -m lora_ops.tune --model qwen3-8b --dry-run            # what would be measured, and for how long
+    python -m lora_ops.tune --model llama3-8b --write-vllm FOLDER # also files for vLLM's own LoRA kernels
+
+Writes <out>/<GPU>/lora_*.json, to be used with LORA_OPS_CONFIG_DIR=<out> or lora_ops.use_configs(<out>), and
+<out>/<GPU>/tune.csv with the analytic default beside the tuned config for every case. bgmv_*, sgmv_* and lora_* ops
+run the same kernels and use the same entries. A run that was cut short goes on where it stopped (tune.jsonl there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import queue
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ops_configs import files, store
+from ops_configs.lora import ExpandConfig, ShrinkConfig
+
+from .config import MAX_RANK
+from .tuning import decide
+from .tuning.candidates import COUNT, Gpu
+from .tuning.layers import MODELS, Layer, model_layers, parse_shape
+from .tuning.worker import Settings, Unit, case_of, compile_jobs, work
+
+RANKS = (8, 16, 32, 64, 128)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+KINDS = {"lora_shrink": ShrinkConfig, "lora_expand": ExpandConfig}
+KERNELS = Path(__file__).parent / "kernels"
+COMPILE_S, MEASURE_S, VERIFY_S = 1.5, 0.02, 0.3
+"""Of one kernel in one process, of one candidate, and of one case, roughly, for the estimate."""
+SWEEP_SHARE = 0.75
+"""Of the time limit; the rest is left for the second measurement."""
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments, with `layers` and `ranks` filled in; exits with an error that says what was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_ops.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=[], help=f"{', '.join(MODELS)}, or a config.json or its folder")
+    parser.add_argument("--shape", nargs="+", default=[], metavar="K:N0,N1", help="input size and widths of the slices")
+    parser.add_argument("--k", type=int, help="input size of one layer, with --widths")
+    parser.add_argument("--widths", help="widths of its slices: 4096,1024,1024")
+    parser.add_argument("--tp", nargs="+", type=int, default=[1], help="tensor parallel sizes, for --model")
+    parser.add_argument("--ranks", nargs="+", type=int, help=f"default {' '.join(map(str, RANKS))}, up to --max-rank")
+    parser.add_argument("--max-rank", type=int, default=max(RANKS))
+    parser.add_argument("--max-loras", type=int, default=64, help="adapters in a batch at most")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(store.BUCKETS), help="row buckets to measure")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp16 and bf16 share the files")
+    parser.add_argument("--gpu", default="0", help="all, or indices: 0,1")
+    parser.add_argument("--out", type=Path, default=Path("lora_ops_configs"), help="folder of the files")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="MINUTES")
+    parser.add_argument("--compile-processes", type=int, default=max((os.cpu_count() or 4) - 2, 1))
+    parser.add_argument(
+        "--write-vllm", type=Path, metavar="FOLDER", help="tune vLLM's own kernels too, for vLLM to read"
+    )
+    parser.add_argument("--only-vllm", action="store_true", help="with --write-vllm: leave our kernels out")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    args = parser.parse_args(argv)
+    try:
+        args.layers = chosen_layers(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.ranks = sorted(set(args.ranks or [rank for rank in RANKS if rank <= args.max_rank]))
+    if not args.ranks or not all(1 <= rank <= MAX_RANK for rank in args.ranks):
+        parser.error(f"ranks are {args.ranks}, expected some of 1 to {MAX_RANK}: see --ranks and --max-rank")
+    if unknown := [n for n in args.tokens if n not in store.BUCKETS]:
+        parser.error(f"--tokens {unknown}: there are {', '.join(map(str, store.BUCKETS))}")
+    args.tokens = sorted(set(args.tokens))
+    if args.max_loras < 1 or args.compile_processes < 1 or args.time_limit <= 0:
+        parser.error("--max-loras, --compile-processes and --time-limit must be positive")
+    if args.only_vllm and not args.write_vllm:
+        parser.error("--only-vllm needs --write-vllm FOLDER")
+    return args
+
+
+def chosen_layers(args: argparse.Namespace) -> dict[Layer, str]:
+    """Layers to tune, each once, with the names that it goes by.
+
+    Raises:
+        ValueError: none, or a bad model or shape.
+    """
+    names: dict[Layer, list[str]] = {}
+    for model in args.model:
+        for tp in args.tp:
+            for module, layer in model_layers(model, tp).items():
+                label = Path(model).name + (f"-tp{tp}" if tp > 1 else "")
+                names.setdefault(layer, []).append(f"{label} {module}")
+    shapes = list(args.shape)
+    if (args.k is None) != (args.widths is None):
+        raise ValueError("--k and --widths belong together")
+    if args.k is not None:
+        shapes.append(f"{args.k}:{args.widths}")
+    for shape in shapes:
+        names.setdefault(parse_shape(shape), []).append("shape")
+    if not names:
+        raise ValueError("nothing to tune: give --model, --shape or --k with --widths")
+    return {layer: ", ".join(found) for layer, found in names.items()}
+
+
+def tune_command(layers: Iterable[Layer], args: argparse.Namespace) -> str:
+    """The command that measures these layers again."""
+    ranks, shapes = map(str, args.ranks), map(str, layers)
+    words = ["python", "-m", "lora_ops.tune", "--shape", *shapes, "--ranks", *ranks]
+    return shlex.join([*words, "--max-loras", str(args.max_loras), "--dtype", args.dtype])
+
+
+def gpu_indices(text: str, count: int) -> list[int]:
+    """Indices from "all" or "0,1".
+
+    Raises:
+        ValueError: no GPU, or one that is not there.
+    """
+    if count == 0:
+        raise ValueError("no CUDA GPU is here: tuning needs one; --dry-run prints the plan without")
+    if text == "all":
+        return list(range(count))
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < count for part in parts):
+        raise ValueError(f"--gpu {text!r}: give all, or some of {', '.join(map(str, range(count)))}")
+    return sorted({int(part) for part in parts})
+
+
+class Journal:
+    """Records of a run, in a file that a later run goes on from; records of other software or settings are ignored."""
+
+    def __init__(self, path: Path, settings: dict, resume: bool) -> None:
+        self.path, self.settings = path, settings
+        self.records: list[dict] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the run was killed while it wrote
+                    continue
+                if record.pop("settings", None) == settings:
+                    self.records.append(record)
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"settings": self.settings, **record}) + "\n")
+
+    def swept(self) -> dict[decide.Case, decide.Swept]:
+        return {
+            case_of(r, parse_shape): decide.Swept(r["shrink"], r["expand"], r["us"], r["default_us"])
+            for r in self.records
+            if r["stage"] == "sweep"
+        }
+
+    def verified(self, tuned: dict[decide.Key, decide.Config]) -> dict[decide.Case, decide.Verified]:
+        """Verifications of exactly these configs."""
+        found = {}
+        for record in self.records:
+            if record["stage"] == "verify":
+                case = case_of(record, parse_shape)
+                if [record["shrink"], record["expand"]] == [tuned.get(key) for key in case.keys]:
+                    found[case] = decide.Verified({(s, e): us for s, e, us, _ in record["times"]})
+        return found
+
+
+def units_of(cases: Iterable[decide.Case], tuned: dict[decide.Key, decide.Config] | None = None) -> list[Unit]:
+    """Cases grouped by layer and rank; for a verification with the configs of each case."""
+    groups: dict[tuple[Layer, int], list[decide.Case]] = {}
+    for case in cases:
+        groups.setdefault((case.layer, case.rank), []).append(case)
+    units = []
+    for (layer, rank), group in groups.items():
+        pairs = None
+        if tuned is not None:
+            configs = [[tuned.get(key) for key in case.keys] for case in group]
+            pairs = tuple((s and ShrinkConfig(**s), e and ExpandConfig(**e)) for s, e in configs)
+        units.append(Unit(layer, rank, tuple(case.tokens for case in group), pairs))
+    return units
+
+
+def run_units(units: list[Unit], gpus: list[int], settings: Settings, journal: Journal, console: Console, title: str):
+    """Measure units, one process a GPU; each record goes to the journal as it comes.
+
+    Raises:
+        RuntimeError: a process failed; what was measured until then is in the journal.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, stop = context.Queue(), context.Event()
+    shares = [units[i :: len(gpus)] for i in range(len(gpus))]
+    started = [
+        context.Process(target=work, args=(gpu, share, settings, results, stop))
+        for gpu, share in zip(gpus, shares, strict=True)
+        if share
+    ]
+    errors: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(title, total=sum(len(unit.tokens) for unit in units))
+        for process in started:
+            process.start()
+        running = len(started)
+        while running:
+            try:
+                kind, payload = results.get(timeout=5)
+            except queue.Empty:
+                if all(process.exitcode is not None for process in started):
+                    errors.append("a GPU's process was killed: is its memory used by others?")
+                    break
+                continue
+            if kind == "record":
+                journal.add(payload)
+                progress.advance(task)
+            elif kind == "error":
+                errors.append(payload)
+                stop.set()
+            else:
+                running -= 1
+    for process in started:
+        process.join()
+    if errors:
+        raise RuntimeError(errors[0])
+
+
+def dry_run(args: argparse.Namespace, console: Console) -> None:
+    """Print what would be measured, and for how long, on a GPU like an H200."""
+    table = Table("layer", "K", "widths", title="Layers", title_justify="left")
+    for layer, name in args.layers.items():
+        table.add_row(name, str(layer.k), " + ".join(map(str, layer.widths)))
+    console.print(table)
+    units = units_of(all_cases(args))
+    kernels = sum(
+        sum(config is not None for config in pair)
+        for unit in units
+        for _, pairs in compile_jobs(Gpu(), unit, args.max_loras)
+        for pair in pairs
+    )
+    cases = sum(len(unit.tokens) for unit in units)
+    compiling = kernels * COMPILE_S / args.compile_processes
+    measuring = cases * ((2 * COUNT - 1) * MEASURE_S + VERIFY_S)
+    console.print(f"ranks {' '.join(map(str, args.ranks))}; tokens {' '.join(map(str, args.tokens))}")
+    console.print(
+        f"{cases} cases, {COUNT} candidates for each of the two kernels, {kernels} kernels to compile\n"
+        f"about {max(compiling, measuring) / 60 + 1:.0f} minutes on one GPU: {compiling / 60:.1f} of compiling in "
+        f"{args.compile_processes} processes beside {measuring / 60:.1f} of measuring",
+        highlight=False,
+    )
+
+
+def all_cases(args: argparse.Namespace) -> list[decide.Case]:
+    return [decide.Case(layer, rank, n) for rank in args.ranks for layer in args.layers for n in args.tokens]
+
+
+def metadata(gpu: str) -> dict[str, str]:
+    """What stands in every file, but for the command."""
+    import torch
+    import triton
+
+    return {
+        "gpu": gpu,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": store.kernels_hash(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_files(folder: Path, found: dict[str, dict], meta: dict[str, str], args: argparse.Namespace) -> list[Path]:
+    """Write entries; entries of other ranks or rows that stand in a file from the same software stay."""
+    paths = []
+    for name, new in found.items():
+        path = folder / name
+        kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
+        old = files.read(path, kind, store.BUCKETS) if path.exists() else None
+        same = old and all(old.metadata.get(key) == meta[key] for key in ("gpu", "triton", "torch", "kernels"))
+        command = tune_command(sorted({parse_shape(entry["layer"]) for entry in new.values()}), args)
+        files.write(path, meta | {"command": command}, {**(old.raw if same else {}), **new})
+        paths.append(path)
+    return paths
+
+
+def report(
+    folder: Path,
+    args: argparse.Namespace,
+    verified: dict[decide.Case, decide.Verified],
+    tuned: dict[decide.Key, decide.Config],
+    on: set[decide.Key],
+    meta: dict[str, str],
+    console: Console,
+) -> None:
+    """Print and store every case: the analytic default beside what was kept, and their worst ratio."""
+    columns = ("layer", "k", "widths", "rank", "tokens", "default_us", "tuned_us", "gain", "shrink", "expand")
+    table = Table(*columns[:8], title="Analytic default and tuned", title_justify="left")
+    worst, ratios = (0.0, ""), []
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tune.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, *meta])
+        for case, result in sorted(verified.items(), key=lambda item: item[0]):
+            default_us, us = decide.final_us(case, result, on)
+            name = args.layers.get(case.layer, "")
+            widths = "+".join(map(str, case.layer.widths))
+            row = [name, case.layer.k, widths, case.rank, case.tokens, f"{default_us:.2f}", f"{us:.2f}"]
+            row.append(f"{default_us / us:.3f}")
+            configs = [json.dumps(tuned[key]) if key in on else "" for key in case.keys]
+            writer.writerow([*row, *configs, *meta.values()])
+            table.add_row(*map(str, row))
+            ratios.append(default_us / us)
+            worst = max(worst, (default_us / us, f"{name} rank {case.rank}, {case.tokens} tokens"))
+    console.print(table)
+    mean = statistics.geometric_mean(ratios)
+    console.print(
+        f"analytic default over tuned: {mean:.3f} geometric mean of {len(ratios)} cases, {worst[0]:.3f} at worst "
+        f"({worst[1]}); {len(on)} entries kept, at least {decide.MARGIN:.0%} faster each",
+        highlight=False,
+    )
+
+
+def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
+    """Sweep, measure again, write; returns the exit code."""
+    import torch
+
+    started = time.monotonic()
+    limit = args.time_limit * 60
+    name = torch.cuda.get_device_name(gpus[0])
+    if others := {torch.cuda.get_device_name(gpu) for gpu in gpus} - {name}:
+        console.print(f"[red]the GPUs differ: {name}, {', '.join(others)}: tune one kind at a time, with --gpu")
+        return 1
+    folder = args.out / files.gpu_folder(name)
+    meta = metadata(name)
+    same = {key: meta[key] for key in ("gpu", "triton", "torch", "kernels")}
+    journal = Journal(folder / "tune.jsonl", {**same, "max_loras": args.max_loras, "dtype": args.dtype}, args.resume)
+
+    def settings(share: float) -> Settings:
+        processes = max(args.compile_processes // len(gpus), 1)
+        return Settings(args.max_loras, DTYPES[args.dtype], processes, started + share * limit, seed=os.getpid())
+
+    cases = all_cases(args)
+    if todo := [case for case in cases if case not in journal.swept()]:
+        run_units(units_of(todo), gpus, settings(SWEEP_SHARE), journal, console, "sweep")
+    swept = {case: result for case, result in journal.swept().items() if case in set(cases)}
+    tuned = decide.merge(swept)
+    if todo := [case for case in swept if case not in journal.verified(tuned)]:
+        run_units(units_of(todo, tuned), gpus, settings(1.0), journal, console, "measure again")
+    verified = {case: result for case, result in journal.verified(tuned).items() if case in swept}
+    if not verified:
+        console.print("[red]the time limit left nothing measured twice: run the same command again to go on")
+        return 1
+    on = decide.kept(verified, tuned)
+    paths = write_files(folder, decide.entries(verified, tuned, on), meta, args)
+    report(folder, args, verified, tuned, on, meta, console)
+    console.print(f"{len(paths)} files in {folder}; use them with {store.CONFIG_DIR}={args.out}", highlight=False)
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+    if left := len(cases) - len(verified):
+        console.print(f"[yellow]{left} of {len(cases)} cases are left: run the same command again to go on")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    import torch
+
+    args = arguments(argv)
+    console = Console()
+    if args.dry_run:
+        dry_run(args, console)
+        return 0
+    try:
+        gpus = gpu_indices(args.gpu, torch.cuda.device_count())
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        return 2
+    store.register_kernels(KERNELS)
+    code = 0 if args.only_vllm else tune(args, gpus, console)
+    if args.write_vllm:
+        layers = [(layer.k, layer.widths) for layer in args.layers]
+        hosts = import_module("ops_patches.vllm_lora_configs")
+        sizes = hosts.Sizes(layers, args.ranks, args.tokens, args.max_loras, DTYPES[args.dtype])
+        hosts.write(args.write_vllm, sizes, gpus[0], args.compile_processes, console)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of `python -m lora_ops.tune`: layers, candidates, measurement, choice of what is kept."""

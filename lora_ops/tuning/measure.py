@@ -1,0 +1,234 @@
+"""Measurement of a layer: shrink and expand as `lora_linear` launches them, in CUDA graphs, with cold weights."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
+
+from .. import reference
+from ..launches import plan_tiles, run_linear
+from ..ops import lora_linear
+from ..plan import LoraPlan
+from .layers import Layer
+
+PREFILL_TOKENS = 1024
+"""From this many tokens up a batch is made of PREFILL_SEQUENCES sequences, below it each token is a request."""
+PREFILL_SEQUENCES = 8
+COLD_BYTES = 96 << 20
+FLUSH_BYTES = 256 << 20
+GRAPH_US = 300.0
+MAX_CALLS = 32
+LOSER = 1.3
+"""A candidate this many times slower than the best so far is dropped after one replay."""
+
+Pair = tuple[ShrinkConfig | None, ExpandConfig | None]
+"""Configs of shrink and expand; None is the analytic default."""
+
+
+def token_slots(tokens: int, max_loras: int) -> np.ndarray:
+    """int32 [tokens]: adapter of each token; round robin for decode, sequences side by side for prefill."""
+    if tokens < PREFILL_TOKENS:
+        return (np.arange(tokens) % min(tokens, max_loras)).astype(np.int32)
+    adapters = min(PREFILL_SEQUENCES, max_loras)
+    return (np.arange(tokens) * adapters // tokens).astype(np.int32)
+
+
+def num_adapters(tokens: int, max_loras: int) -> int:
+    """Adapters in use by `token_slots`."""
+    return min(tokens if tokens < PREFILL_TOKENS else PREFILL_SEQUENCES, max_loras)
+
+
+def compile_pair(layer: Layer, rank: int, rows: int, pair: Pair, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of a pair for batches like one of `rows` rows: a launch of no tiles."""
+    plan = LoraPlan(1, 1, device)
+    x = torch.empty(1, layer.k, dtype=dtype, device=device)
+    y = torch.empty(1, sum(layer.widths), dtype=dtype, device=device)
+    a = [torch.empty(1, rank, layer.k, dtype=dtype, device=device) for _ in layer.widths]
+    b = [torch.empty(1, n, rank, dtype=dtype, device=device) for n in layer.widths]
+    layout = [plan.max_tokens, plan.max_slots, plan.extra_tokens]
+    with torch.cuda.device(device), pinned(rows, *pair):
+        run_linear(y, x, a, b, 1.0, 0, True, replace(plan_tiles(plan.arena, layout, rows), count=0))
+
+
+class Clock:
+    """Times calls in CUDA graphs on a GPU, with a cache that holds nothing of use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.flush = torch.zeros(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.anchor = self._graph(lambda: self.flush[:1].zero_())  # keeps the pool while other graphs come and go
+
+    def _graph(self, calls: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """torch.cuda.graph would also empty the allocator's cache, which takes longer than the measurement."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                calls()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph
+
+    def capture(self, run: Callable[[int], object], calls: int) -> Callable[[], float]:
+        """A graph of run(0), ..., run(calls - 1); each replay starts with a flushed cache and returns us a call.
+
+        run(0) is called before, to compile, which a capture must not.
+        """
+        with torch.cuda.device(self.device):
+            run(0)
+            graph = self._graph(lambda: [run(i) for i in range(calls)])
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def replay() -> float:
+            with torch.cuda.device(self.device):
+                self.flush.zero_()
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+            return start.elapsed_time(end) * 1e3 / calls
+
+        replay()
+        return replay
+
+
+class Bench:
+    """Random weights of one layer and rank on a GPU; `batch` gives a batch of so many tokens over them.
+
+    Args:
+        layer, rank: what is measured.
+        max_loras: adapters at most.
+        dtype, device: of weights, x and y.
+        seed: of all data.
+        cold_bytes: of weights that pass before any are read again.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        rank: int,
+        max_loras: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        cold_bytes: int = COLD_BYTES,
+    ) -> None:
+        self.layer, self.rank, self.max_loras, self.dtype, self.device = layer, rank, max_loras, dtype, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.adapter_bytes = 2 * rank * (layer.k * len(layer.widths) + sum(layer.widths))
+        cold = math.ceil(cold_bytes / self.adapter_bytes)
+        self.slots = max(max_loras, min(max_loras + cold, MAX_CALLS * max_loras))
+        self.a = [self._randn(self.slots, rank, layer.k, scale=layer.k**-0.5) for _ in layer.widths]
+        self.b = [self._randn(self.slots, n, rank, scale=rank**-0.5) for n in layer.widths]
+        self.clock = Clock(device)
+
+    def _randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device, dtype=self.dtype).mul_(scale)
+
+    def batch(self, tokens: int) -> Batch:
+        return Batch(self, tokens)
+
+
+class Batch:
+    """One number of tokens over the weights of a bench, each call on other adapters than the one before."""
+
+    def __init__(self, bench: Bench, tokens: int) -> None:
+        self.bench, self.tokens = bench, tokens
+        slots = token_slots(tokens, bench.max_loras)
+        self.adapters = num_adapters(tokens, bench.max_loras)
+        self.plan = LoraPlan(tokens, self.adapters, bench.device)
+        self.plan.update(slots)
+        self.x = bench._randn(tokens, bench.layer.k)
+        self.y = bench._randn(tokens, sum(bench.layer.widths))
+        self.copies = max(1, min(bench.slots // self.adapters, MAX_CALLS))
+        rotation = self.copies * self.adapters * bench.adapter_bytes
+        self.max_calls = MAX_CALLS if rotation >= COLD_BYTES else self.copies
+        self.calls = 2
+
+    def run(self, i: int, y: torch.Tensor | None = None) -> None:
+        first = i % self.copies * self.adapters
+        a, b = ([w[first : first + self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
+        lora_linear(self.y if y is None else y, self.x, a, b, self.plan)
+
+    def error(self, pair: Pair) -> float:
+        """Greatest relative error of a row (Euclidean norms) against fp32; NaN when an output is NaN."""
+        base = self.bench._randn(*self.y.shape)
+        out, expected = base.clone(), base.float()
+        with pinned(self.tokens, *pair):
+            self.run(0, out)
+        a, b = ([w[: self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
+        reference.lora_linear(expected, self.x, a, b, self.plan)
+        return float(((out.float() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+    def capture(self, pair: Pair) -> Callable[[], float]:
+        """Replays a graph of calls with these configs: see `Clock.capture`."""
+        with pinned(self.tokens, *pair):
+            return self.bench.clock.capture(self.run, self.calls)
+
+    def settle(self, default: Pair = (None, None)) -> None:
+        """Choose how many calls a graph holds, from the time of the default."""
+        us = self.capture(default)()
+        self.calls = max(2, min(round(GRAPH_US / us), self.max_calls))
+
+    def time(self, pair: Pair, best_us: float = math.inf, replays: int = 5) -> float:
+        """Median microseconds a call; after one replay only, if that is far slower than best_us."""
+        replay = self.capture(pair)
+        first = replay()
+        if first > LOSER * best_us:
+            return first
+        return statistics.median([first, *(replay() for _ in range(replays - 1))])
+
+    def compare(self, pairs: list[Pair], replays: int = 15) -> list[float]:
+        """Median microseconds a call of each pair, replayed in turns, so that drift meets all of them alike."""
+        graphs = [self.capture(pair) for pair in pairs]
+        rounds = [[replay() for replay in graphs] for _ in range(replays)]
+        return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def sweep(
+    batch: Batch, shrinks: list[ShrinkConfig], expands: list[ExpandConfig], tolerance: float
+) -> tuple[Pair, dict[Pair, float]]:
+    """The fastest pair found, and the time of all measured: the best shrink beside the default expand, then the expand.
+
+    Args:
+        shrinks, expands: candidates, the analytic default first.
+        tolerance: greatest relative error of a row that a winner may have.
+    """
+    default: Pair = (shrinks[0], expands[0])
+    batch.settle(default)
+    times = {default: batch.time(default)}
+    best = default
+    for half, candidates in enumerate((shrinks, expands)):
+        for config in candidates[1:]:
+            pair = (config, best[1]) if half == 0 else (best[0], config)
+            try:
+                times[pair] = batch.time(pair, times[best])
+            except Exception as error:
+                if not too_large(error):
+                    raise
+                continue
+            if times[pair] < times[best]:
+                best = pair
+    for pair in sorted(times, key=times.get):
+        if batch.error(pair) <= tolerance:
+            return pair, times
+    raise RuntimeError(f"no config of {batch.bench.layer}, rank {batch.bench.rank} agrees with the fp32 reference")
+
+
+def too_large(error: BaseException) -> bool:
+    """Whether a launch failed because a config does not fit the GPU, which is a miss and no fault."""
+    while error is not None:
+        if type(error).__name__ in ("OutOfResources", "PTXASError"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

