@@ -1,7 +1,8 @@
-"""Synthetic Llama checkpoints, tokenizers and LoRA adapters: random weights in real file formats.
+"""Synthetic Llama and Qwen3 checkpoints, tokenizers and LoRA adapters: random weights in real file formats.
 
     write_tokenizer(folder, vocab_size)        tokenizer.json, tokenizer_config.json
-    write_model(folder, shape)                 config.json, generation_config.json, model-*.safetensors with its index
+    write_config(folder, shape)                config.json and the tokenizer: enough for `--load-format dummy`
+    write_model(folder, shape)                 the same with model-*.safetensors and their index
     write_adapter(folder, shape, rank=8, ...)  adapter_config.json, adapter_model.safetensors (PEFT)
 
 Linear weights are drawn with a variance of 1 / fan_in, so that activations keep their scale from layer to layer, and an
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 CORPUS = Path(__file__).resolve().parent.parent / "LICENSE"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -25,7 +26,7 @@ VOCABULARY = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama model; counts and element numbers throughout."""
+    """Sizes of a Llama or Qwen3 model; counts and element numbers throughout. `head_dim` defaults to hidden / heads."""
 
     hidden: int
     intermediate: int
@@ -34,19 +35,21 @@ class LlamaShape:
     kv_heads: int
     vocab: int
     max_length: int = 2048
+    head_dim: int = 0
+    architecture: str = "llama"
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
 
     def linear(self, module: str) -> tuple[int, int]:
         """(out_features, in_features) of a module named as in the checkpoint, without its path."""
-        kv = self.kv_heads * self.head_dim
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "q_proj": (self.hidden, self.hidden),
+            "q_proj": (q, self.hidden),
             "k_proj": (kv, self.hidden),
             "v_proj": (kv, self.hidden),
-            "o_proj": (self.hidden, self.hidden),
+            "o_proj": (self.hidden, q),
             "gate_proj": (self.intermediate, self.hidden),
             "up_proj": (self.intermediate, self.hidden),
             "down_proj": (self.hidden, self.intermediate),
@@ -61,6 +64,17 @@ class LlamaShape:
 
 TINY = LlamaShape(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=2, vocab=512)
 LLAMA3_8B = LlamaShape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256, max_length=8192)
+LLAMA3_70B = LlamaShape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256, max_length=8192)
+_QWEN3 = {"kv_heads": 8, "vocab": 151936, "max_length": 8192, "head_dim": 128, "architecture": "qwen3"}
+QWEN3_8B = LlamaShape(hidden=4096, intermediate=12288, layers=36, heads=32, **_QWEN3)
+QWEN3_32B = LlamaShape(hidden=5120, intermediate=25600, layers=64, heads=64, **_QWEN3)
+SHAPES = {
+    "tiny": TINY,
+    "llama3-8b": LLAMA3_8B,
+    "llama3-70b": LLAMA3_70B,
+    "qwen3-8b": QWEN3_8B,
+    "qwen3-32b": QWEN3_32B,
+}
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -88,12 +102,13 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     fast.save_pretrained(folder)
 
 
-def write_model(
-    folder: Path, shape: LlamaShape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
-) -> None:
-    """Write a Llama checkpoint with its tokenizer, one safetensors file per layer; `device` draws the numbers."""
+def write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype = torch.float32) -> None:
+    """Write all of a checkpoint but its weights: the configuration and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
+    config_class, name = {"llama": (LlamaConfig, "LlamaForCausalLM"), "qwen3": (Qwen3Config, "Qwen3ForCausalLM")}[
+        shape.architecture
+    ]
+    config = config_class(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -106,11 +121,17 @@ def write_model(
         eos_token_id=1,
         pad_token_id=1,
         dtype=dtype,
-        architectures=["LlamaForCausalLM"],
+        architectures=[name],
     )
     config.save_pretrained(folder)
     write_tokenizer(folder, shape.vocab)
 
+
+def write_model(
+    folder: Path, shape: LlamaShape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> None:
+    """Write a checkpoint with its tokenizer, one safetensors file per layer; `device` draws the numbers."""
+    write_config(folder, shape, dtype)
     generator = torch.Generator(device).manual_seed(seed)
 
     def linear(module: str) -> torch.Tensor:
@@ -118,8 +139,8 @@ def write_model(
         weight = torch.randn(out_features, in_features, generator=generator, device=device)
         return (weight / in_features**0.5).to(dtype).cpu()
 
-    def norm() -> torch.Tensor:
-        return torch.ones(shape.hidden, dtype=dtype)
+    def norm(size: int = shape.hidden) -> torch.Tensor:
+        return torch.ones(size, dtype=dtype)
 
     index = {}
 
@@ -132,6 +153,9 @@ def write_model(
         tensors = {f"{shape.path(layer, module)}.weight": linear(module) for module in (*ATTENTION, *MLP)}
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = norm()
         tensors[f"model.layers.{layer}.post_attention_layernorm.weight"] = norm()
+        if shape.architecture == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = norm(shape.head_dim)
         save(layer, tensors)
     outer = {
         # Embeddings of unit variance: the first layer sees the scale that the norms give to the others.
@@ -151,17 +175,30 @@ def write_adapter(
     seed: int = 0,
     strength: float = 0.5,
     dtype: torch.dtype = torch.float32,
+    pool: torch.Tensor | None = None,
 ) -> None:
     """Write a PEFT LoRA adapter with lora_alpha = 2 * rank, so that a forgotten scaling of 2 shows.
 
     `targets` may hold any of ATTENTION, MLP and VOCABULARY. `strength` is the update's size relative to base output.
+    `pool`, float32 [many] of unit variance, makes it fast: each tensor is cut from it at a random place.
+
+    Raises:
+        ValueError: the pool is smaller than a tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     scaling = 2
 
     def draw(rows: int, columns: int, std: float) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * std).to(dtype)
+        if pool is None:
+            numbers = torch.randn(rows, columns, generator=generator)
+        else:
+            spare = pool.numel() - rows * columns
+            if spare < 0:
+                raise ValueError(f"a pool of {pool.numel()} numbers is too small for a tensor of {rows} x {columns}")
+            start = int(torch.randint(spare + 1, (), generator=generator))
+            numbers = pool[start : start + rows * columns].view(rows, columns)
+        return (numbers * std).to(dtype)
 
     tensors = {}
 
