@@ -15,6 +15,7 @@ _HOME = {
             "bgmv_expand",
             "bgmv_expand_slice",
             "bgmv_shrink",
+            "linear_beside",
             "lora_expand",
             "lora_linear",
             "lora_shrink",
@@ -25,6 +26,8 @@ _HOME = {
         ),
         "lora_ops.ops",
     ),
+    "KernelError": "lora_ops.debug",
+    "use_configs": "ops_configs.store",
     **dict.fromkeys(("patch_vllm", "status", "unpatch_vllm"), "ops_patches.vllm_lora"),
 }
 _SUBMODULES = ("plan", "ops", "reference")

@@ -3,6 +3,8 @@
 MAX_RANK = 512
 MAX_SLICES = 3
 """Slices that one launch takes; a layer with more takes several."""
+PLANES_BATCH = 4096
+"""Batches of up to this many rows split K over programs; larger ones have tiles enough to fill a GPU."""
 
 
 def chunk_k(k: int) -> int:

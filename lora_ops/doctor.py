@@ -16,9 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ops_configs import store
+from ops_configs.lora import ExpandConfig, ShrinkConfig
 from ops_patches import state
 from ops_patches.engine import UNPATCHED, PatchSet
 from ops_patches.vllm_lora import VLLM_LORA
+
+from . import debug
 
 DISTRIBUTIONS = ("serving-ops", "torch", "triton", *VLLM_LORA.hosts, "sglang", "transformers", "peft")
 PREFIX = "LORA_OPS_"
@@ -26,6 +30,8 @@ VARIABLES = {
     VLLM_LORA.env: "1: patch vLLM, also in the processes it starts; 0 or unset: do not",
     state.STATUS_DIR: "folder of the status files of patched processes",
     VLLM_LORA.allowlist: "vLLM's list of plugins to load; unset: all of them",
+    store.CONFIG_DIR: "folder of tuned launch parameters, asked before the shipped ones",
+    debug.VARIABLE: "1: wait for each kernel, so that an error names the one that failed; slow",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, slowly, and not on the GPU",
     "LORA_OPS_HOST_SOURCES": "for the tests alone: folder of the hosts' sources",
 }
@@ -70,6 +76,10 @@ def environment() -> list[dict[str, str | None]]:
         VLLM_LORA.requested()
     except ValueError as exc:
         found[0]["problem"] = str(exc)
+    try:
+        store.user_folder()
+    except ValueError as exc:
+        next(variable for variable in found if variable["name"] == store.CONFIG_DIR)["problem"] = str(exc)
     folder = state.directory()
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
         found[1]["problem"] = f"{folder} cannot be written: set {state.STATUS_DIR} to a folder of yours"
@@ -103,13 +113,24 @@ def process_problems(processes: list[dict], name: str) -> list[str]:
     return problems
 
 
+def config_files(gpu_names: list[str]) -> list[dict]:
+    """The files of tuned launch parameters that fit these GPUs, in the order in which they are asked."""
+    kinds = {"lora_shrink": ShrinkConfig, "lora_expand": ExpandConfig}
+    try:
+        return [file for gpu in dict.fromkeys(gpu_names) for file in store.available(gpu, kinds)]
+    except ValueError:  # the variable's own problem
+        return []
+
+
 def examine() -> dict:
     """Everything that the doctor knows, as plain data; "problems" lists what is wrong."""
+    found_gpus = gpus()
     report = {
         "installed": installed(),
-        "gpus": gpus(),
+        "gpus": found_gpus,
         "environment": environment(),
         "fit": {VLLM_LORA.name: fit(VLLM_LORA)},
+        "configs": config_files([gpu["name"] for gpu in found_gpus]),
         "status_folder": str(state.directory()),
         "processes": state.processes(),
     }
@@ -118,6 +139,7 @@ def examine() -> dict:
         problems += [f"{name} cannot be patched: {reason}" for reason in found["misfits"]]
         problems += [f"{name}'s worker processes would stay unpatched: {r}" for r in found["unreached_children"]]
         problems += process_problems(report["processes"], name)
+    problems += [f"{problem}: it is left out" for file in report["configs"] for problem in file["problems"]]
     return report | {"problems": problems}
 
 
@@ -144,6 +166,8 @@ def show(report: dict, console: Console) -> None:
             table.add_row(name, "[dim]not installed", "")
     console.print(table)
 
+    show_configs(report, console)
+
     columns = ("pid", "host", "patched", "fired", "hit", "fallback", "error")
     table = Table(*columns, title=f"Processes (status files in {report['status_folder']})", title_justify="left")
     for process in report["processes"]:
@@ -158,6 +182,33 @@ def show(report: dict, console: Console) -> None:
         console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True)
     if not report["problems"]:
         console.print("[green]nothing is wrong")
+
+
+def show_configs(report: dict, console: Console) -> None:
+    """Which launch parameters processes run with, and why; where none has run yet, the files that would be asked."""
+    used = [
+        (process["pid"], choice)
+        for process in report["processes"]
+        for name in report["fit"]
+        for choice in process.get(name, {}).get("configs", [])
+    ]
+    if used:
+        title = "Launch parameters in use"
+        table = Table("pid", "shape", "rank", "rows", "from", "why", title=title, title_justify="left")
+        for pid, choice in used:
+            rows = " ".join(map(str, choice["rows"]))
+            source = choice["path"] if choice["source"] != "default" else "analytic default"
+            table.add_row(str(pid), choice["shape"], str(choice["rank"]), rows, escape(source), choice["reason"])
+    else:
+        title = "Files of launch parameters for these GPUs; without one, analytic defaults"
+        table = Table("file", "found by", "ranks", "entries", "triton", title=title, title_justify="left")
+        for file in report["configs"]:
+            ranks = " ".join(map(str, file["ranks"]))
+            triton = file["metadata"].get("triton", "?")
+            table.add_row(escape(file["path"]), file["source"], ranks, str(file["entries"]), triton)
+        if not table.rows:
+            table.add_row("[dim]none", *[""] * 4)
+    console.print(table)
 
 
 def _process_row(pid: int, name: str, status: dict) -> list[str]:

@@ -12,21 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from ops_configs.lora import expand_config, shrink_config
+from ops_configs.lora import row_buckets
 from ops_patches import counters
 
-from . import checks, reference
-from .config import MAX_SLICES, chunk_k
-from .plan import TILE_ROWS, LoraPlan, plan_args, plan_layout, tile_count_bound, tile_rows_for
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from . import checks, debug, reference
+from .config import MAX_SLICES
+from .launches import (
+    INTERPRET,
+    compile_plan,
+    join_side,
+    row_tiles,
+    run_beside,
+    run_expand,
+    run_linear,
+    run_plan,
+    run_shrink,
+    segment_tiles,
+)
+from .plan import SMALL_BATCH, LoraPlan, plan_args, plan_layout
 
 _library = torch.library.Library("lora_ops", "DEF")
 
@@ -46,10 +54,10 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
-        def counted(*args, **kwargs) -> None:
+        def counted(*args) -> None:
             try:
-                with _device_of(args):
-                    function(*args, **kwargs)
+                with _device_of(args), debug.watch(name, args):
+                    function(*args)
             except Exception as error:
                 counters.error(name, type(error))
                 raise
@@ -58,7 +66,7 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         _library.define(f"{schema} -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
         _library.impl(name, counted, "CPU")
         _library.impl(name, counted, "CUDA")
-        torch.library.register_fake(f"lora_ops::{name}", lambda *args, **kwargs: None, lib=_library)
+        torch.library.register_fake(f"lora_ops::{name}", lambda *args: None, lib=_library)
         return function
 
     return register
@@ -66,12 +74,6 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
 
 def _uses_kernels(weight: torch.Tensor) -> bool:
     return weight.is_cuda or (INTERPRET and weight.dtype != torch.bfloat16)
-
-
-@functools.cache
-def _supports_pdl(device_index: int) -> bool:
-    """Programmatic dependent launch: compute capability 9.0 and later."""
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 class _Slots(NamedTuple):
@@ -82,97 +84,6 @@ class _Slots(NamedTuple):
 
 def _plan_slots(arena: torch.Tensor, counts: torch.Tensor, layout_args: Sequence[int]) -> _Slots:
     return _Slots(plan_layout(*layout_args).section(arena, "token_slots")[: int(counts[0])])
-
-
-def _plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, rows: int):
-    """Tiles of `rows` rows of a plan, for a batch of num_rows rows."""
-    from .kernels.launch import Tiles
-    from .kernels.tiles import PLAN_TILES
-
-    layout = plan_layout(*layout_args)
-    tile_slots = layout.section(arena, f"tile_slots_{rows}")
-    tile_rows = layout.section(arena, f"tile_rows_{rows}")
-    count = min(tile_count_bound(num_rows, layout_args[1], rows), tile_slots.numel())
-    return Tiles(PLAN_TILES.value, count, rows, (tile_slots, tile_rows, tile_rows))
-
-
-def _row_tiles(slot_indices: torch.Tensor):
-    from .kernels.launch import Tiles
-    from .kernels.tiles import ROW_TILES
-
-    slot_indices = slot_indices.contiguous()
-    return Tiles(ROW_TILES.value, slot_indices.numel(), 16, (slot_indices, slot_indices, slot_indices))
-
-
-def _segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_length: int, token_nums: int):
-    from .kernels.launch import Tiles
-    from .kernels.tiles import SEGMENT_TILES
-
-    rows = tile_rows_for(token_nums)
-    per_segment = -(-max_seq_length // rows)
-    pointers = (slot_indices.contiguous(), seq_starts.contiguous(), seq_lengths.contiguous())
-    return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, pointers, per_segment)
-
-
-def _num_planes(k: int, tile_rows: int) -> int:
-    """Chunks of K that get a plane each: all of them for small batches, which need the parallelism."""
-    return -(-k // chunk_k(k)) if tile_rows == 16 else 1
-
-
-def _shrink_kernels(x, lora_a, out, scale: float, tiles) -> None:
-    """Complete sums into out, fp32 [S, M, R]."""
-    from .kernels.shrink import shrink, sum_planes
-
-    k, rank = x.shape[1], lora_a[0].shape[1]
-    config = shrink_config(k, rank, tiles.rows)
-    num_planes = _num_planes(k, tiles.rows)
-    if num_planes == 1:
-        shrink(x, lora_a, out.unsqueeze(0), tiles, scale, config)
-    else:
-        planes = torch.empty((num_planes, *out.shape), dtype=torch.float32, device=out.device)
-        shrink(x, lora_a, planes, tiles, scale, config)
-        sum_planes(planes, out, tiles)
-
-
-def _expand_kernels(h, lora_b, y, offset: int, add_inputs: bool, tiles, pdl: bool = False) -> None:
-    """h [S, M, R], or planes [C, S, M, R] of it, into y."""
-    from .kernels.expand import expand
-
-    planes = h if h.ndim == 4 else h.unsqueeze(0)
-    config = expand_config(max(b.shape[1] for b in lora_b), planes.shape[3], tiles.rows)
-    expand(planes, lora_b, y, tiles, offset, add_inputs, config, pdl=pdl)
-
-
-def _linear_kernels(y, x, lora_a, lora_b, scale: float, offset: int, add_inputs: bool, tiles) -> None:
-    """Shrink into planes, expand from them; on Hopper and later the expand starts under the shrink's tail."""
-    from .kernels.shrink import shrink
-
-    k, rank = x.shape[1], lora_a[0].shape[1]
-    pdl = y.is_cuda and _supports_pdl(y.device.index)
-    planes = torch.empty(
-        (_num_planes(k, tiles.rows), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
-    )
-    shrink(x, lora_a, planes, tiles, scale, shrink_config(k, rank, tiles.rows), pdl=pdl)
-    _expand_kernels(planes, lora_b, y, offset, add_inputs, tiles, pdl=pdl)
-
-
-_compiled: set[tuple] = set()
-
-
-def _run_plan(
-    kernels: Callable, layer: tuple, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
-) -> None:
-    """Run `kernels(tiles)` over the tiles of a plan: as many as its tokens need, or the rows that a batch is padded to.
-
-    The first time that a layer is seen, its kernels are compiled for every tile size (a launch of no tiles compiles): a
-    server sees all its layers while it profiles, so nothing is left to compile while it serves.
-    """
-    if layer not in _compiled and not INTERPRET:
-        _compiled.add(layer)
-        for rows in TILE_ROWS:
-            kernels(replace(_plan_tiles(arena, layout, num_rows, rows), count=0))
-    tokens = max(num_rows, int(counts[0]))
-    kernels(_plan_tiles(arena, layout, tokens, tile_rows_for(tokens)))
 
 
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
@@ -214,8 +125,9 @@ def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
         reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
         return
     for group in _slice_groups(len(weights)):
-        kernels = functools.partial(_shrink_kernels, x, weights[group], out[group], scale)
-        _run_plan(kernels, _layer_key(op, x, *weights[group]), arena, counts, layout, x.shape[0])
+        kernels = functools.partial(run_shrink, x, weights[group], out[group], scale)
+        compile_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, row_buckets())
+        run_plan(kernels, arena, counts, layout, x.shape[0])
 
 
 @_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
@@ -233,18 +145,15 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
         reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
         return
     for group in _slice_groups(len(weights)):
-        kernels = functools.partial(_expand_kernels, h[group].contiguous(), weights[group], y, offset, add_inputs)
+        kernels = functools.partial(run_expand, h[group].contiguous(), weights[group], y, offset, add_inputs)
         layer = (_layer_key(op, y, *weights[group]), h.dtype, offset, add_inputs)
-        _run_plan(kernels, layer, arena, counts, layout, y.shape[0])
+        compile_plan(kernels, layer, arena, layout, row_buckets())
+        run_plan(kernels, arena, counts, layout, y.shape[0])
         offset += sum(b.shape[1] for b in weights[group])
 
 
-@_register(
-    f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, "
-    "float scale, int offset, bool add_inputs)"
-)
-def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs):
-    op = "lora_linear"
+def _check_linear(op: str, x, lora_a, lora_b, arena, layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights as [L, R, K] and [L, N_s, R] of a layer that fits x and the plan."""
     if len(lora_a) != len(lora_b):
         raise ValueError(f"{op}: lora_a has {len(lora_a)} slices, lora_b has {len(lora_b)}")
     a, b = checks.flat_weights(op, "lora_a", lora_a), checks.flat_weights(op, "lora_b", lora_b)
@@ -256,20 +165,116 @@ def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add
         )
     checks.same_shapes(op, "lora_a", a)
     checks.input_rows(op, x, a[0])
+    checks.plan_fits(op, a[0], layout, arena)
+    return a, b
+
+
+def _linear_groups(op: str, y, x, a, b, scale: float, offset: int, add_inputs: bool, **options) -> Iterator[tuple]:
+    """(kernels, layer) of each launch of a layer: its slices, as many at a time as the kernels take."""
+    for group in _slice_groups(len(a)):
+        kernels = functools.partial(run_linear, y, x, a[group], b[group], scale, offset, add_inputs, **options)
+        yield kernels, (_layer_key(op, x, y, *a[group], *b[group]), offset, add_inputs)
+        offset += sum(weight.shape[1] for weight in b[group])
+
+
+@_register(
+    f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, "
+    "float scale, int offset, bool add_inputs)"
+)
+def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs):
+    _add_linear("lora_linear", y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs, row_buckets())
+
+
+def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs, batches) -> None:
+    """The whole layer on the current stream; its kernels are compiled for `batches`."""
+    a, b = _check_linear(op, x, lora_a, lora_b, arena, layout)
     checks.matrix(op, "y", y, b[0].device)
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
     checks.window(op, y, offset, sum(weight.shape[1] for weight in b))
-    checks.plan_fits(op, a[0], layout, arena)
-    if x.shape[0] == 0 or (add_inputs and counts[1] == 0):
-        return
     if not _uses_kernels(a[0]):
-        reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
+        if x.shape[0] > 0:
+            reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
         return
-    for group in _slice_groups(len(a)):
-        kernels = functools.partial(_linear_kernels, y, x, a[group], b[group], scale, offset, add_inputs)
-        layer = (_layer_key(op, x, y, *a[group], *b[group]), offset, add_inputs)
-        _run_plan(kernels, layer, arena, counts, layout, x.shape[0])
-        offset += sum(weight.shape[1] for weight in b[group])
+    for kernels, layer in _linear_groups(op, y, x, a, b, scale, offset, add_inputs):
+        compile_plan(kernels, layer, arena, layout, batches)
+        if x.shape[0] > 0 and not (add_inputs and counts[1] == 0):
+            run_plan(kernels, arena, counts, layout, x.shape[0])
+
+
+def _fits_beside(num_rows: int, counts: torch.Tensor) -> bool:
+    """Whether a batch's LoRA part runs beside the layer itself: decode, with an adapter in use."""
+    return 0 < num_rows <= SMALL_BATCH and int(counts[1]) > 0
+
+
+@_register(f"lora_delta(Tensor(a!) delta, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)")
+def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
+    op = "lora_delta"
+    a, b = _check_linear(op, x, lora_a, lora_b, arena, layout)
+    checks.matrix(op, "delta", delta, b[0].device, sum(weight.shape[1] for weight in b))
+    if delta.shape[0] != SMALL_BATCH:
+        raise ValueError(f"{op}: delta has {delta.shape[0]} rows, expected {SMALL_BATCH}")
+    beside = _fits_beside(x.shape[0], counts)
+    y, x = delta[: x.shape[0]], x[:SMALL_BATCH]
+    if not _uses_kernels(a[0]):
+        if beside:
+            reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, 0, False)
+        return
+    groups = list(_linear_groups(op, y, x, a, b, scale, 0, False, zero_others=False, first=True))
+    for kernels, layer in groups:
+        compile_plan(kernels, layer, arena, layout, [rows for rows in row_buckets() if rows <= SMALL_BATCH])
+    if beside:
+
+        def run() -> None:
+            for kernels, _ in groups:
+                run_plan(kernels, arena, counts, layout, x.shape[0])
+
+        run_beside(run, x.device)
+
+
+# delta stands before y: torch.compile moves producers next to their reader in this order, and lora_delta must fork off
+# before the GEMM that makes y starts
+@_register(
+    f"lora_join(Tensor(a!) delta, Tensor(b!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)"
+)
+def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale):
+    if _fits_beside(x.shape[0], counts):
+        join_side(x.device)
+    elif x.shape[0] > SMALL_BATCH:
+        large = [rows for rows in row_buckets() if rows > SMALL_BATCH]
+        _add_linear("lora_join", y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True, large)
+
+
+def linear_beside(
+    base: Callable[[], torch.Tensor],
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    plan: LoraPlan,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """base() + scale * B A x, where a small batch's LoRA part runs on a side stream, under the base layer's GEMM.
+
+    For use under torch.compile, which puts the sum into the kernel that reads it: a decode batch then has no LoRA
+    kernel on its critical path. Its LoRA part is rounded once more than `lora_linear` rounds it. Batches of more than
+    SMALL_BATCH rows have the GPU filled by the GEMM: their LoRA part follows it, in place, as `lora_linear`.
+
+    Args:
+        base: makes the base layer's output y [M, sum of N_s].
+        x: [M, K]; other arguments as `lora_linear`.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`.
+    """
+    _check_plan_rows("linear_beside", plan, x)
+    arguments = (x, list(lora_a), list(lora_b), *plan_args(plan), float(scale))
+    delta = x.new_empty(SMALL_BATCH, sum(b.shape[-2] for b in lora_b))
+    torch.ops.lora_ops.lora_delta(delta, *arguments)
+    y = base()
+    torch.ops.lora_ops.lora_join(delta, y, *arguments)
+    rows = torch.arange(y.shape[0], device=y.device)
+    small = torch.full((), y.shape[0], dtype=torch.int32, device=y.device) <= SMALL_BATCH
+    written = (plan.section("token_slots")[: y.shape[0]] >= 0) & small
+    return y + torch.ops.aten._unsafe_masked_index(delta, written[:, None], [rows], 0)
 
 
 def _check_shrink(op: str, x, weight, out) -> None:
@@ -310,7 +315,7 @@ def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
     if x.shape[0] == 0:
         return
     if _uses_kernels(weight):
-        _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _row_tiles(slot_indices))
+        run_shrink(x, [weight], out.unsqueeze(0), scale, row_tiles(slot_indices))
     else:
         reference.bgmv_shrink(x, weight, out, slot_indices, scale)
 
@@ -329,7 +334,7 @@ def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, a
         return
     if _uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
-        _expand_kernels(h, [weight], out, slice_offset, add_inputs, _row_tiles(slot_indices))
+        run_expand(h, [weight], out, slice_offset, add_inputs, row_tiles(slot_indices))
     else:
         reference.bgmv_expand_slice(x, weight, out, slot_indices, slice_offset, slice_size, add_inputs)
 
@@ -350,7 +355,7 @@ def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches,
     if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
         return
     if _uses_kernels(weight):
-        _shrink_kernels(x, [weight], out.unsqueeze(0), scale, _segment_tiles(*segments))
+        run_shrink(x, [weight], out.unsqueeze(0), scale, segment_tiles(*segments))
     else:
         reference.sgmv_shrink(x, weight, out, *segments, scale)
 
@@ -383,7 +388,7 @@ def _sgmv_expand_slice(
         return
     if _uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
-        _expand_kernels(h, [weight], out, slice_offset, add_inputs, _segment_tiles(*segments))
+        run_expand(h, [weight], out, slice_offset, add_inputs, segment_tiles(*segments))
     else:
         reference.sgmv_expand_slice(x, weight, out, *segments, slice_offset, slice_size, add_inputs)
 

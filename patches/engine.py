@@ -118,6 +118,7 @@ class PatchSet:
     allowlist: the host's environment variable that lists the plugins it loads.
     platform: returns which platform the host runs on.
     before: "module:Class" whose live instances mean that it is too late to patch.
+    extras: more that `status` tells.
     """
 
     name: str
@@ -129,6 +130,7 @@ class PatchSet:
     patches: tuple[Patch, ...]
     contracts: tuple[Contract, ...] = ()
     before: tuple[str, ...] = ()
+    extras: Callable[[], dict] = dict
 
     def __post_init__(self) -> None:
         self._applied: list[Applied] = []
@@ -293,6 +295,7 @@ class PatchSet:
             "targets": {row.target: self._fired[row.target] for row in self._rows},
             "never_fired": [row.target for row in self._rows if not row.only_when and not self._fired[row.target]],
             "counters": counters.snapshot(),
+            **self.extras(),
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }
 

@@ -8,9 +8,11 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import types
 from collections.abc import Callable
 from pathlib import Path
 
+from ops_configs import store
 from ops_patches import counters
 from ops_patches.engine import Contract, Handle, Patch, PatchError, PatchSet
 
@@ -66,6 +68,21 @@ def _hash_our_sources(original: Callable) -> Callable:
     return compute_hash
 
 
+def _run_lora_beside(original: Callable) -> Callable:
+    def set_mapping(self, punica_wrapper) -> None:
+        from vllm import envs
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+        from ops_patches.vllm_punica_gpu import LoraOpsPunicaWrapperGPU, apply_beside
+
+        original(self, punica_wrapper)
+        ours = isinstance(punica_wrapper, LoraOpsPunicaWrapperGPU)
+        if ours and isinstance(self, BaseLinearLayerWithLoRA) and not envs.VLLM_BATCH_INVARIANT:
+            self._apply_sync = types.MethodType(apply_beside, self)
+
+    return set_mapping
+
+
 @functools.cache
 def sources_hash() -> str:
     """SHA-256 of the Python sources of lora_ops and of these patches."""
@@ -98,6 +115,19 @@ PATCHES = (
         replacement=_name_instead(CPU_WRAPPER, "ops_patches.vllm_punica_cpu.LoraOpsPunicaWrapperCPU"),
         why=_WRAPPER_WHY,
         obsolete_when=_WRAPPER_OBSOLETE,
+    ),
+    Patch(
+        target="vllm.lora.layers.base:BaseLayerWithLoRA.set_mapping",
+        platform="cuda",
+        signature="(self, punica_wrapper)",
+        versions=CUDA_VERSIONS,
+        replacement=_run_lora_beside,
+        why=(
+            "Gives each linear layer an _apply_sync that runs the LoRA part of a decode batch on a side stream, under "
+            "the layer's own GEMM. Only where torch.compile traces it, and not with VLLM_BATCH_INVARIANT: the sum is "
+            "rounded elsewhere than in large batches."
+        ),
+        obsolete_when="vLLM hands the base GEMM and the LoRA part of a layer to its punica wrapper in one call.",
     ),
     Patch(
         target="vllm.config.lora:LoRAConfig.compute_hash",
@@ -197,6 +227,18 @@ CONTRACTS = (
         "cuda",
         "Makes and hands out what the host's MoE methods read.",
     ),
+    *_methods(
+        "vllm.lora.layers.base_linear",
+        "BaseLinearLayerWithLoRA",
+        {
+            "apply": "(self, x, bias=None)",
+            "_apply_sync": "(self, x, bias=None)",
+            "_get_quant_method": "(self)",
+        },
+        CUDA_VERSIONS,
+        "cuda",
+        "Each linear layer's `_apply_sync`, which `apply` calls, becomes ours.",
+    ),
     Contract(
         "ops_patches.vllm_punica_gpu:LoraOpsPunicaWrapperGPU",
         CUDA_VERSIONS,
@@ -252,6 +294,7 @@ VLLM_LORA = PatchSet(
         "vllm.v1.engine.core_client:EngineCoreClient",
         "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase",
     ),
+    extras=lambda: {"configs": store.choices()},
 )
 
 

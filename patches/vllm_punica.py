@@ -81,7 +81,7 @@ class PlannedLora:
         **kwargs,
     ) -> None:
         """y[:, columns of slice s] (+)= B_s x[s], slices side by side from offset_start; x [S, M, R]."""
-        _check_slices("add_expand", lora_b_stacked, output_slices)
+        check_slices("add_expand", lora_b_stacked, output_slices)
         y = y.view(-1, y.shape[-1])
         torch.ops.lora_ops.lora_expand(x, list(lora_b_stacked), y, *plan_args(self.plan), offset_start, add_inputs)
 
@@ -107,7 +107,7 @@ class PlannedLora:
         """y[:, columns of slice s] (+)= scale * B_s A_s x for all slices of a layer."""
         if buffer is not None:
             raise ValueError("add_lora_linear makes its own buffer: call it without one")
-        _check_slices("add_lora_linear", lora_b_stacked, output_slices)
+        check_slices("add_lora_linear", lora_b_stacked, output_slices)
         torch.ops.lora_ops.lora_linear(
             y.view(-1, y.shape[-1]),
             x.view(-1, x.shape[-1]),
@@ -145,7 +145,8 @@ class PlannedLora:
         y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
 
 
-def _check_slices(method: str, lora_b_stacked: Sequence[torch.Tensor], output_slices: Sequence[int]) -> None:
+def check_slices(method: str, lora_b_stacked: Sequence[torch.Tensor], output_slices: Sequence[int]) -> None:
+    """Raises ValueError unless the slices have the widths that the layer says."""
     widths = [b.shape[-2] for b in lora_b_stacked]
     if widths != list(output_slices):
         raise ValueError(f"{method}: lora_b has slices of {widths} columns, output_slices says {list(output_slices)}")

@@ -11,9 +11,10 @@ import bisect
 import torch
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+from lora_ops.ops import linear_beside
 from ops_patches import counters
 
-from .vllm_punica import PlannedLora
+from .vllm_punica import PlannedLora, check_slices
 
 MOE_REASON = "fused-MoE LoRA stays with vLLM's kernels"
 
@@ -55,3 +56,17 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
     def add_lora_fused_moe(self, *args, **kwargs) -> None:
         counters.fallback("add_lora_fused_moe", MOE_REASON)
         PunicaWrapperGPU.add_lora_fused_moe(self, *args, **kwargs)
+
+
+def apply_beside(layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """BaseLinearLayerWithLoRA._apply_sync, with the LoRA part beside the base GEMM where torch.compile traces it."""
+    if not torch.compiler.is_compiling() or x.ndim != 2:
+        return type(layer)._apply_sync(layer, x, bias)
+    check_slices("apply_beside", layer.lora_b_stacked, layer.output_slices)
+    return linear_beside(
+        lambda: layer._get_quant_method().apply(layer.base_layer, x, bias),
+        x,
+        layer.lora_a_stacked,
+        layer.lora_b_stacked,
+        layer.punica_wrapper.plan,
+    )

@@ -26,12 +26,12 @@ from .tiles import load_tile, select_slice
 @triton.jit
 def chunk_dot(
     x_ptr,  # first element of K of each row  [BLOCK_M, 1]
-    a_ptr,  # first element of K of each rank  [1, BLOCK_N]
+    a_ptr,  # first element of K of each column  [1, BLOCK_N]
     live,  # [BLOCK_M]
-    ranks,  # [BLOCK_N]
+    in_columns,  # [BLOCK_N]
     first_k,
     K: tl.constexpr,
-    RANK: tl.constexpr,
+    EVEN_N: tl.constexpr,
     CHUNK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,14 +43,14 @@ def chunk_dot(
     for k0 in range(first_k, tl.minimum(first_k + CHUNK_K, K), BLOCK_K):
         x_mask = live[:, None]
         if K % BLOCK_K == 0:
-            if RANK % BLOCK_N == 0:
+            if EVEN_N:
                 a = tl.load(a_ptr + (k0 + k)[:, None])  # [BLOCK_K, BLOCK_N]
             else:
-                a = tl.load(a_ptr + (k0 + k)[:, None], mask=(ranks < RANK)[None, :], other=0.0)
+                a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_columns[None, :], other=0.0)
         else:
             in_k = k0 + k < K
             x_mask = x_mask & in_k[None, :]
-            a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_k[:, None] & (ranks < RANK)[None, :], other=0.0)
+            a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_k[:, None] & in_columns[None, :], other=0.0)
         x = tl.load(x_ptr + (k0 + k)[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         acc = tl.dot(x, a, acc, input_precision="ieee")
     return acc
@@ -83,24 +83,34 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (tiles * C * S * ceil(R / BLOCK_N),), blocks of R fastest, then slices, chunks and tiles.
+    """Grid: (tiles * C * ceil(S * R / BLOCK_N),), blocks of columns fastest, then chunks and tiles.
 
-    A program owns out[c, s, rows of its tile, block of R]; with C == 1 it walks all chunks of K itself. Rows of slot -1
-    become zero with C == 1, and are left alone with more planes, whose reader skips them.
+    The ranks of all slices stand side by side as S * R columns, so that a program reads x once for several slices. It
+    owns out[c, :, rows of its tile, :] in its block of columns; with C == 1 it walks all chunks of K itself. Rows of
+    slot -1 become zero with C == 1, and are left alone with more planes, whose reader skips them.
     """
     NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
-    RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_N - 1) // BLOCK_N
+    BLOCKS: tl.constexpr = (SLICES * RANK + BLOCK_N - 1) // BLOCK_N
+    EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
     pid = tl.program_id(0)
-    block = pid % (RANK_BLOCKS * SLICES)
-    chunk = pid // (RANK_BLOCKS * SLICES) % PLANES
-    tile = pid // (RANK_BLOCKS * SLICES * PLANES)
-    lora_slice = block // RANK_BLOCKS
-    ranks = block % RANK_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    chunk = pid // BLOCKS % PLANES
+    tile = pid // (BLOCKS * PLANES)
+    first_column = pid % BLOCKS * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    in_columns = columns < SLICES * RANK
+    if RANK % BLOCK_N == 0:  # one slice a block
+        lora_slice = first_column // RANK
+    else:
+        lora_slice = columns // RANK
+    ranks = columns - lora_slice * RANK
 
     slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
-    plane = (chunk * SLICES + lora_slice).to(tl.int64) * num_rows
-    out = out_ptr + (plane + rows)[:, None] * RANK + ranks[None, :]  # [BLOCK_M, BLOCK_N]
-    out_mask = live[:, None] & (ranks < RANK)[None, :]
+    plane = ((chunk * SLICES + lora_slice).to(tl.int64) * num_rows) * RANK + ranks
+    out = out_ptr + rows[:, None].to(tl.int64) * RANK + plane[None, :]  # [BLOCK_M, BLOCK_N]
+    out_mask = live[:, None] & in_columns[None, :]
+    if PDL:  # what ran before is complete, also for the kernel that starts now
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if slot < 0:
         if PLANES == 1:
             if slot == -1:
@@ -109,15 +119,15 @@ def shrink_kernel(
 
     x = x_ptr + rows[:, None].to(tl.int64) * x_stride
     a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
-    a += slot.to(tl.int64) * A_SLOT_STRIDE + ranks[None, :] * A_ROW_STRIDE
+    a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
     if PLANES > 1:
-        total = chunk_dot(x, a, live, ranks, chunk * CHUNK_K, K, RANK, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K) * scale
+        total = chunk_dot(x, a, live, in_columns, chunk * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        total = total * scale
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in range(NUM_CHUNKS):
-            total += chunk_dot(x, a, live, ranks, c * CHUNK_K, K, RANK, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K) * scale
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+            part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+            total += part * scale
     tl.store(out, total, mask=out_mask)
 
 
@@ -187,6 +197,7 @@ def shrink(
     config: ShrinkConfig,
     *,
     pdl: bool = False,
+    first: bool = False,
 ) -> None:
     """Launch the shrink of up to three slices.
 
@@ -195,12 +206,14 @@ def shrink(
         lora_a: S tensors [L, R, K] of equal shape and strides, last dimension contiguous.
         out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K.
         tiles: which rows belong to which slot.
-        pdl: let the next kernel of the stream start early; it must wait by itself.
+        pdl: start before the previous kernel of the stream has finished and wait for it inside, and let the next one do
+            the same.
+        first: with pdl, what comes before is no kernel of this stream: start when it is complete.
     """
     planes, slices, num_rows, rank = out.shape
     k = x.shape[1]
     weight = lora_a[0]
-    grid = (tiles.count * planes * slices * triton.cdiv(rank, config.block_n),)
+    grid = (tiles.count * planes * triton.cdiv(slices * rank, config.block_n),)
     shrink_kernel[grid](
         x,
         *slice_pointers(lora_a),
@@ -224,4 +237,5 @@ def shrink(
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl and not first,
     )

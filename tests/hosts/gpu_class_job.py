@@ -6,6 +6,7 @@ Needs TRITON_INTERPRET=1, CUDA_VISIBLE_DEVICES="" and vLLM's GPU sources on PYTH
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class CpuTensors(Platform):
 vllm.platforms._current_platform = CpuTensors()
 vllm.utils.torch_utils.PIN_MEMORY = False
 
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # noqa: E402
 from vllm.lora.layers.utils import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper  # noqa: E402
@@ -87,6 +89,7 @@ def main() -> None:
 
     with lora_ops.patch_vllm(strict=True):
         patched = build()
+        set_mapping = BaseLinearLayerWithLoRA.set_mapping
     stock = build()
     assert type(stock["plain"]) is PunicaWrapperGPU
     both = host, ours = stock["plain"], patched["plain"]
@@ -158,7 +161,20 @@ def main() -> None:
         wrapper.apply_lora_full_linear(sampled, x[: len(PROMPTS)], a[0], bias, enabled)
         return sampled
 
+    def beside(wrapper, out):
+        """The layer's own method: the host's adds in place, ours runs beside the base GEMM while it is traced."""
+        layer = BaseLinearLayerWithLoRA.__new__(BaseLinearLayerWithLoRA)
+        torch.nn.Module.__init__(layer)
+        layer._enable_aux_cuda_stream = False
+        layer.base_layer = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda base, x, bias: out + bias))
+        layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices = a, b, widths
+        set_mapping(layer, wrapper)
+        report.setdefault("apply", []).append(layer._apply_sync.__func__.__name__)
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=wrapper is ours):
+            return layer.apply(x, torch.ones(1, dtype=DTYPE))
+
     compare("linear", linear)
+    compare("beside", beside)
     compare("linear, written", write_linear)
     compare("shrink", shrink)
     compare("fully sharded", sharded)

@@ -280,10 +280,51 @@ def test_torch_compile(device, dtype):
         assert_close(compiled(x), model(x).float(), tolerance(dtype))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_beside(device, dtype, case):
+    layer = make_layer(case, dtype, device)
+    base = torch.randn(case.k, layer.width, device=device, dtype=dtype)
+    y = layer.x @ base
+    expected = y.float()
+    lora_ops.reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5)
+    result = lora_ops.linear_beside(lambda: layer.x @ base, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5)
+    assert_close(result, expected, 1.5 * tolerance(dtype))  # the LoRA part is rounded once more
+    without = torch.from_numpy(layer.slots < 0).to(device)
+    assert torch.equal(result[without], y[without])
+
+
+def test_beside_in_a_cuda_graph(device):
+    """One capture serves later plans: other adapters, rows without, fewer tokens; and a step without any adapter."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    layer = make_layer(Case(48, 512, (128, 64), 16, 6, "graph"), torch.bfloat16, device)
+    base = torch.randn(512, layer.width, device=device, dtype=torch.bfloat16)
+
+    def model(x):
+        return torch.relu(lora_ops.linear_beside(lambda: x @ base, x, layer.lora_a, layer.lora_b, layer.plan)) + 1
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    x = layer.x.contiguous()
+    compiled(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compiled(x)
+    for tokens, lowest in ((48, 0), (48, -1), (20, -1), (1, 0), (48, 5), (30, None)):
+        slots = np.random.default_rng().integers(-1 if lowest is None else lowest, 6, tokens)
+        layer.plan.update(np.full(tokens, -1) if lowest is None else slots)
+        x.copy_(torch.randn_like(x))
+        result.fill_(torch.nan)
+        graph.replay()
+        expected = (x @ base).float()
+        lora_ops.reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, layer.plan)
+        assert_close(result, torch.relu(expected) + 1, 1.5 * tolerance(torch.bfloat16))
+
+
 def test_equal_slices_at_another_offset_are_another_layer(device, monkeypatch):
     """The offset is compiled in: the second three slices of six equal ones need kernels of their own."""
     seen = []
-    monkeypatch.setattr(ops, "_run_plan", lambda kernels, layer, *plan: seen.append(layer))
+    monkeypatch.setattr(ops, "compile_plan", lambda kernels, layer, *plan: seen.append(layer))
     layer = make_layer(Case(4, 32, (8,) * 6, 8, 2, "two equal groups"), torch.float16, device)
     lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
     h = torch.zeros(6, 4, 8, device=device)

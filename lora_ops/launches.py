@@ -1,0 +1,159 @@
+"""From a call of an op to launches: tiles, launch parameters, planes, and what is compiled before it is needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ops_configs.lora import expand_config, shrink_config
+from ops_configs.store import register_kernels
+
+from .config import PLANES_BATCH, chunk_k
+from .plan import plan_layout, tile_count_bound, tile_rows_for
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+register_kernels(Path(__file__).parent / "kernels")
+
+
+@functools.cache
+def _supports_pdl(device: torch.device) -> bool:
+    """Programmatic dependent launch: compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int):
+    """Tiles of a plan for a batch of num_rows rows."""
+    from .kernels.launch import Tiles
+    from .kernels.tiles import PLAN_TILES
+
+    rows = tile_rows_for(num_rows)
+    layout = plan_layout(*layout_args)
+    tile_slots = layout.section(arena, f"tile_slots_{rows}")
+    pointers = (tile_slots, layout.section(arena, f"tile_rows_{rows}"), layout.section(arena, f"tile_counts_{rows}"))
+    count = min(tile_count_bound(num_rows, layout_args[1], rows), tile_slots.numel())
+    return Tiles(PLAN_TILES.value, count, rows, num_rows, pointers)
+
+
+def row_tiles(slot_indices: torch.Tensor):
+    """One tile a row (bgmv)."""
+    from .kernels.launch import Tiles
+    from .kernels.tiles import ROW_TILES
+
+    slot_indices = slot_indices.contiguous()
+    count = slot_indices.numel()
+    return Tiles(ROW_TILES.value, count, tile_rows_for(1), 1, (slot_indices, slot_indices, slot_indices))
+
+
+def segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_length: int, token_nums: int):
+    """Tiles of segments of rows (sgmv)."""
+    from .kernels.launch import Tiles
+    from .kernels.tiles import SEGMENT_TILES
+
+    rows = tile_rows_for(token_nums)
+    per_segment = -(-max_seq_length // rows)
+    pointers = (slot_indices.contiguous(), seq_starts.contiguous(), seq_lengths.contiguous())
+    return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, token_nums, pointers, per_segment)
+
+
+def num_planes(k: int, num_rows: int) -> int:
+    """Chunks of K that get a plane each: all of them while the batch alone gives a GPU too few programs."""
+    return -(-k // chunk_k(k)) if num_rows <= PLANES_BATCH else 1
+
+
+def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
+    """Complete sums into out, fp32 [S, M, R]."""
+    from .kernels.shrink import shrink, sum_planes
+
+    k, rank = x.shape[1], lora_a[0].shape[1]
+    config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
+    planes = num_planes(k, tiles.batch)
+    if planes == 1:
+        shrink(x, lora_a, out.unsqueeze(0), tiles, scale, config)
+    else:
+        partial = torch.empty((planes, *out.shape), dtype=torch.float32, device=out.device)
+        shrink(x, lora_a, partial, tiles, scale, config)
+        sum_planes(partial, out, tiles)
+
+
+def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) -> None:
+    """h [S, M, R], or planes [C, S, M, R] of it, into y; options as `kernels.expand.expand` takes them."""
+    from .kernels.expand import expand
+
+    planes = h if h.ndim == 4 else h.unsqueeze(0)
+    widths = tuple(b.shape[1] for b in lora_b)
+    config = expand_config(widths, planes.shape[3], tiles.batch, lora_b[0].dtype, y.device)
+    expand(planes, lora_b, y, tiles, offset, add_inputs, config, **options)
+
+
+def run_linear(
+    y, x, lora_a, lora_b, scale: float, offset: int, add_inputs: bool, tiles, first=False, **options
+) -> None:
+    """Shrink into planes, expand from them; on Hopper and later each kernel starts under the tail of the one before.
+
+    first: nothing of this stream comes before the shrink.
+    """
+    from .kernels.shrink import shrink
+
+    k, rank = x.shape[1], lora_a[0].shape[1]
+    pdl = _supports_pdl(y.device)
+    partial = torch.empty(
+        (num_planes(k, tiles.batch), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
+    )
+    config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
+    shrink(x, lora_a, partial, tiles, scale, config, pdl=pdl, first=first)
+    run_expand(partial, lora_b, y, offset, add_inputs, tiles, pdl=pdl, **options)
+
+
+_compiled: set[tuple] = set()
+
+
+def compile_plan(
+    kernels: Callable, layer: tuple, arena: torch.Tensor, layout: Sequence[int], batches: Iterable[int]
+) -> None:
+    """Compile `kernels(tiles)` for these sizes of batch, the first time that a layer is seen.
+
+    A launch of no tiles compiles. A server sees all its layers while it profiles, so nothing is left to compile while
+    it serves.
+    """
+    if layer in _compiled or INTERPRET:
+        return
+    _compiled.add(layer)
+    for num_rows in batches:
+        kernels(replace(plan_tiles(arena, layout, num_rows), count=0))
+
+
+def run_plan(
+    kernels: Callable, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
+) -> None:
+    """Run `kernels(tiles)` over the tiles of a plan: those of its tokens, or of the rows that a batch is padded to."""
+    kernels(plan_tiles(arena, layout, max(num_rows, int(counts[0]))))
+
+
+@functools.cache
+def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
+
+
+def run_beside(function: Callable[[], None], device: torch.device) -> None:
+    """Run `function` on the device's side stream, after all that the current stream has; `join_side` waits for it."""
+    if device.type != "cuda":
+        function()
+        return
+    stream, fork, done = _side(device)
+    fork.record()
+    with torch.cuda.stream(stream):
+        fork.wait()
+        function()
+        done.record()
+
+
+def join_side(device: torch.device) -> None:
+    """Let the current stream wait for the last `run_beside`."""
+    if device.type == "cuda":
+        _side(device)[2].wait()
