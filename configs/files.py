@@ -75,7 +75,7 @@ def parse_config(value: object, kind: type) -> Any:
             raise ValueError(f"{name} is {number}, expected a power of two")
         if name.startswith("block_") and number < 16:
             raise ValueError(f"{name} is {number}, expected at least the 16 that a tensor core takes")
-        if name in ("num_warps", "num_stages", "programs_per_sm") and number > 32:
+        if name in ("num_warps", "num_stages", "steps") and number > 32:
             raise ValueError(f"{name} is {number}, expected at most 32")
     config = kind(**value)
     if (needed := shared_bytes(config)) > MAX_SHARED_BYTES:

@@ -32,36 +32,45 @@ class ShrinkConfig:
 class ExpandConfig:
     """Launch parameters of the expand.
 
-    block_n: output features of a step; block_r: ranks a step; num_warps, num_stages: as Triton takes them;
-    programs_per_sm: programs on each multiprocessor that share the work, at most.
+    block_n: output features of a step; block_r: ranks of a product; num_warps, num_stages: as Triton takes them;
+    steps: steps of a program, one after another.
     """
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
-    programs_per_sm: int
+    steps: int
 
 
 def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfig:
     """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], where no tuned ones are known."""
     ranks = padded(rank)
     if num_rows <= SMALL_BATCH:
-        if ranks == 16:
-            return ShrinkConfig(16, min(128, padded(k)), num_warps=2, num_stages=4)
-        return ShrinkConfig(32, min(128, padded(k)), num_warps=2, num_stages=4)
+        if num_rows <= 4:
+            return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
+        return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
     columns = padded(slices * rank)
+    if slices == 1 and ranks > 16 and num_rows > 4096:
+        return ShrinkConfig(min(columns, 64), min(128, padded(k)), num_warps=8, num_stages=4)
     return ShrinkConfig(min(columns, 64), min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
 
 
 def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandConfig:
     """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known."""
-    ranks = padded(rank)
-    block_n = min(128, padded(max(widths)))
+    ranks, widest = padded(rank), padded(max(widths))
+    block_r = min(ranks, 64)
     if num_rows <= SMALL_BATCH:
         warps = 1 if ranks <= 32 else 2
-        return ExpandConfig(block_n, min(ranks, 64), num_warps=warps, num_stages=2, programs_per_sm=16 // warps)
-    return ExpandConfig(block_n, min(ranks, 64), num_warps=4, num_stages=2, programs_per_sm=6)
+        if num_rows <= 4:
+            return ExpandConfig(min(64, widest), block_r, warps, num_stages=2, steps=1)
+        if widest > 8192:
+            return ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
+        return ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
+    block_n = min(128, widest)
+    blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
+    steps = max(step for step in (1, 2, 4, 8) if step == 1 or step * 800 <= blocks)  # some programs for each SM
+    return ExpandConfig(block_n, block_r, num_warps=4, num_stages=3 if steps > 1 else 2, steps=steps)
 
 
 _pinned: tuple[int, ShrinkConfig | None, ExpandConfig | None] | None = None

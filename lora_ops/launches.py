@@ -35,9 +35,9 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int):
     rows = tile_rows_for(num_rows)
     layout = plan_layout(*layout_args)
     tile_slots = layout.section(arena, f"tile_slots_{rows}")
-    pointers = (tile_slots, layout.section(arena, f"tile_rows_{rows}"), layout.section(arena, f"tile_counts_{rows}"))
+    tile_rows = layout.section(arena, f"tile_rows_{rows}")
     count = min(tile_count_bound(num_rows, layout_args[1], rows), tile_slots.numel())
-    return Tiles(PLAN_TILES.value, count, rows, num_rows, pointers)
+    return Tiles(PLAN_TILES.value, count, rows, num_rows, (tile_slots, tile_rows, tile_rows))
 
 
 def row_tiles(slot_indices: torch.Tensor):

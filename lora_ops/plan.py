@@ -9,7 +9,6 @@ Sections of the arena (int32), L = max_slots, M = max_tokens:
     active_slots     [L + 1]   the distinct slots, ascending, padded with -1
     tokens_per_slot  [L + 1]   tokens of each active slot, padded with 0
     slot_starts      [L + 2]   first position of each active slot in `order`, then num_tokens, padded with 0
-    tile_counts_R    [2]       tiles with an adapter, all tiles of R rows
     tile_slots_R     [T_R]     slot of each tile of R rows, -1 = rows without adapter, -2 = no tile
     tile_rows_R      [T_R, R]  token of each row of the tile, -1 = padding
 
@@ -70,8 +69,6 @@ def plan_layout(max_tokens: int, max_slots: int, extra_tokens: int = 0) -> PlanL
     caps = {TILE_ROWS[0]: tile_count_bound(small, max_slots, TILE_ROWS[0])}
     caps[TILE_ROWS[1]] = tile_count_bound(max_tokens, max_slots, TILE_ROWS[1])
     lengths = {
-        "tile_counts_16": 2,
-        "tile_counts_64": 2,
         "tile_slots_16": caps[16],
         "tile_slots_64": caps[64],
         "active_slots": max_slots + 1,
@@ -208,12 +205,10 @@ class LoraPlan:
             tile_slots = view(f"tile_slots_{rows}")
             if tile_rows_for(num_tokens) > rows:
                 tile_slots[:] = NO_TILE
-                view(f"tile_counts_{rows}")[:] = 0
                 continue
             group_tiles = -(-tokens // rows)
             tile = (np.cumsum(group_tiles) - group_tiles)[group] + index // rows
             tiles = int(group_tiles.sum())
-            view(f"tile_counts_{rows}")[:] = int(group_tiles[group_slots >= 0].sum()), tiles
             write(f"tile_slots_{rows}", np.repeat(group_slots, group_tiles), NO_TILE)
             tile_rows = view(f"tile_rows_{rows}")[: tiles * rows]
             tile_rows[:] = -1

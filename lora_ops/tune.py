@@ -37,7 +37,7 @@ from ops_configs.lora import ExpandConfig, ShrinkConfig
 
 from .config import MAX_RANK
 from .tuning import decide
-from .tuning.candidates import COUNT, Gpu
+from .tuning.candidates import COUNT
 from .tuning.layers import MODELS, Layer, model_layers, parse_shape
 from .tuning.worker import Settings, Unit, case_of, compile_jobs, work
 
@@ -250,7 +250,7 @@ def dry_run(args: argparse.Namespace, console: Console) -> None:
     kernels = sum(
         sum(config is not None for config in pair)
         for unit in units
-        for _, pairs in compile_jobs(Gpu(), unit, args.max_loras)
+        for _, pairs in compile_jobs(unit)
         for pair in pairs
     )
     cases = sum(len(unit.tokens) for unit in units)
@@ -258,7 +258,7 @@ def dry_run(args: argparse.Namespace, console: Console) -> None:
     measuring = cases * ((2 * COUNT - 1) * MEASURE_S + VERIFY_S)
     console.print(f"ranks {' '.join(map(str, args.ranks))}; tokens {' '.join(map(str, args.tokens))}")
     console.print(
-        f"{cases} cases, {COUNT} candidates for each of the two kernels, {kernels} kernels to compile\n"
+        f"{cases} cases, up to {COUNT} candidates for each of the two kernels, {kernels} kernels to compile\n"
         f"about {max(compiling, measuring) / 60 + 1:.0f} minutes on one GPU: {compiling / 60:.1f} of compiling in "
         f"{args.compile_processes} processes beside {measuring / 60:.1f} of measuring",
         highlight=False,

@@ -18,7 +18,7 @@ import torch
 
 from lora_ops import tune
 from lora_ops.tuning import decide, measure, worker
-from lora_ops.tuning.candidates import COUNT, Gpu, batch_class, compile_key, expand_candidates, shrink_candidates
+from lora_ops.tuning.candidates import COUNT, batch_class, expand_candidates, shrink_candidates
 from lora_ops.tuning.decide import Case, Swept, Verified
 from lora_ops.tuning.layers import MODELS, Layer, model_layers, parse_shape
 from ops_configs import files, lora, store
@@ -138,9 +138,8 @@ def test_the_dry_run_needs_no_gpu(capsys):
 def test_candidates_are_few_valid_and_begin_with_the_default(model):
     for layer in model_layers(model).values():
         for rank, rows in itertools.product((8, 24, 128), random.sample(store.BUCKETS, 4)):
-            adapters = measure.num_adapters(rows, 64)
-            shrinks = shrink_candidates(Gpu(), layer, rank, rows, adapters)
-            expands = expand_candidates(Gpu(), layer, rank, rows, adapters)
+            shrinks = shrink_candidates(layer, rank, rows)
+            expands = expand_candidates(layer, rank, rows)
             assert shrinks[0] == lora.shrink_default(layer.k, len(layer.widths), rank, rows)
             assert expands[0] == lora.expand_default(layer.widths, rank, rows)
             for found, kind in ((shrinks, ShrinkConfig), (expands, ExpandConfig)):
@@ -150,25 +149,26 @@ def test_candidates_are_few_valid_and_begin_with_the_default(model):
 
 
 def test_a_small_gpu_gets_small_candidates():
-    small = Gpu(multiprocessors=40, shared_bytes=64 << 10)
-    for config in shrink_candidates(small, Layer(8192, (8192,)), 128, 8192, 8)[1:]:
-        assert files.shared_bytes(config) <= small.shared_bytes
+    layer, most = Layer(8192, (8192,)), 96 << 10
+    for found in (shrink_candidates(layer, 128, 8192, most), expand_candidates(layer, 128, 8192, most)):
+        assert 1 < len(found) < COUNT
+        assert all(files.shared_bytes(config) <= most for config in found[1:])
 
 
 def test_every_candidate_is_compiled_once_for_each_class_of_batches():
     unit = worker.Unit(Layer(4096, (4096, 1024, 1024)), 16, store.BUCKETS)
     compiled = [
-        (batch_class(rows), half, compile_key(pair[half]))
-        for rows, pairs in worker.compile_jobs(Gpu(), unit, 64)
+        (batch_class(rows), half, pair[half])
+        for rows, pairs in worker.compile_jobs(unit)
         for pair in pairs
         for half in (0, 1)
         if pair[half] is not None
     ]
     assert len(compiled) == len(set(compiled))
     wanted = {
-        (batch_class(rows), half, compile_key(config))
+        (batch_class(rows), half, config)
         for rows in store.BUCKETS
-        for half, found in enumerate(worker.candidates(Gpu(), unit, rows, 64))
+        for half, found in enumerate(worker.candidates(unit, rows, files.MAX_SHARED_BYTES))
         for config in found
     }
     assert set(compiled) == wanted

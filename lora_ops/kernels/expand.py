@@ -16,8 +16,8 @@ import triton.language as tl
 
 from ops_configs.lora import ExpandConfig
 
-from .launch import Tiles, num_programs, slice_pointers
-from .tiles import count_tiles, load_tile, select_slice
+from .launch import Tiles, slice_pointers
+from .tiles import load_tile, select_slice
 
 
 @triton.jit
@@ -28,7 +28,29 @@ def load_b(b_ptr, columns, ranks, width, RANK: tl.constexpr, EVEN_R: tl.constexp
     return tl.load(b_ptr, mask=(ranks < RANK)[:, None] & (columns < width)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_per_segment", "num_rows"])
+@triton.jit
+def sum_h(
+    h_ptr,  # [C, S, M, R]
+    rows,  # [BLOCK_M]
+    live,  # [BLOCK_M]
+    ranks,  # [BLOCK_R]
+    lora_slice,
+    num_rows,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Sum of the planes of h, fp32 [BLOCK_M, BLOCK_R]; zero where the row or the rank is padding."""
+    mask = live[:, None] & (ranks < RANK)[None, :]
+    plane = lora_slice.to(tl.int64) * num_rows
+    total = tl.load(h_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
+    for c in tl.static_range(1, PLANES):
+        plane = (c * SLICES + lora_slice).to(tl.int64) * num_rows
+        total += tl.load(h_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
 def expand_kernel(
     h_ptr,  # [C, S, M, R]
     b0_ptr,  # [L, N0, R]
@@ -38,7 +60,6 @@ def expand_kernel(
     slots_ptr,
     rows_ptr,
     lengths_ptr,
-    num_tiles,
     tiles_per_segment,
     num_rows,
     y_stride,
@@ -59,83 +80,89 @@ def expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: any number of programs; they share the live tiles' column blocks evenly, in runs of neighbours.
+    """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
-    An item is y[rows of a tile, a block of columns of one slice]; a program owns its run of items.
+    A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. y is the first summand of the
+    product, so that the compiler fetches it ahead as it does B.
     """
-    BLOCKS0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS: tl.constexpr = BLOCKS0 + BLOCKS1 + BLOCKS2
-    EVEN_N: tl.constexpr = (N0 % BLOCK_N == 0) and (N1 % BLOCK_N == 0) and (N2 % BLOCK_N == 0)
+    RUN: tl.constexpr = STEPS * BLOCK_N
+    RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
+    RUNS1: tl.constexpr = (N1 + RUN - 1) // RUN
+    RUNS2: tl.constexpr = (N2 + RUN - 1) // RUN
+    RUNS: tl.constexpr = RUNS0 + RUNS1 + RUNS2
+    EVEN_N: tl.constexpr = (N0 % RUN == 0) and (N1 % RUN == 0) and (N2 % RUN == 0)
     EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
+    pid = tl.program_id(0)
+    tile = pid // RUNS
+    run = pid % RUNS
+
+    slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
+    lora_slice = 0
+    first_run = 0
+    width = N0
+    slot_stride = B0_SLOT_STRIDE
+    first_column = OFFSET
+    if SLICES > 1:
+        in_1 = run >= RUNS0
+        lora_slice = tl.where(in_1, 1, lora_slice)
+        first_run = tl.where(in_1, RUNS0, first_run)
+        width = tl.where(in_1, N1, width)
+        slot_stride = tl.where(in_1, B1_SLOT_STRIDE, slot_stride)
+        first_column = tl.where(in_1, OFFSET + N0, first_column)
+    if SLICES > 2:
+        in_2 = run >= RUNS0 + RUNS1
+        lora_slice = tl.where(in_2, 2, lora_slice)
+        first_run = tl.where(in_2, RUNS0 + RUNS1, first_run)
+        width = tl.where(in_2, N2, width)
+        slot_stride = tl.where(in_2, B2_SLOT_STRIDE, slot_stride)
+        first_column = tl.where(in_2, OFFSET + N0 + N1, first_column)
+    if slot < 0:
+        if PDL:  # the next kernel relies on all before this one
+            tl.extra.cuda.gdc_wait()
+        if not ZERO_OTHERS:
+            return
     ranks = tl.arange(0, BLOCK_R)
-    items = count_tiles(lengths_ptr, num_tiles, ZERO_OTHERS, TILES) * BLOCKS
-    run = tl.cdiv(items, tl.num_programs(0))
-    first = tl.program_id(0) * run
+    columns = (run - first_run) * RUN + tl.arange(0, BLOCK_N)
+    y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
+    if slot < 0:
+        if slot == -1:
+            for step in range(STEPS):
+                y_mask = live[:, None] & (columns + step * BLOCK_N < width)[None, :]
+                tl.store(y + step * BLOCK_N, tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty), mask=y_mask)
+        return
 
-    for item in tl.range(first, tl.minimum(first + run, items), num_stages=1):
-        tile = item // BLOCKS
-        block = item % BLOCKS
-        slot, rows, live = load_tile(
-            tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
-        )
-        lora_slice = 0
-        first_block = 0
-        width = N0
-        slot_stride = B0_SLOT_STRIDE
-        first_column = OFFSET
-        if SLICES > 1:
-            in_1 = block >= BLOCKS0
-            lora_slice = tl.where(in_1, 1, lora_slice)
-            first_block = tl.where(in_1, BLOCKS0, first_block)
-            width = tl.where(in_1, N1, width)
-            slot_stride = tl.where(in_1, B1_SLOT_STRIDE, slot_stride)
-            first_column = tl.where(in_1, OFFSET + N0, first_column)
-        if SLICES > 2:
-            in_2 = block >= BLOCKS0 + BLOCKS1
-            lora_slice = tl.where(in_2, 2, lora_slice)
-            first_block = tl.where(in_2, BLOCKS0 + BLOCKS1, first_block)
-            width = tl.where(in_2, N2, width)
-            slot_stride = tl.where(in_2, B2_SLOT_STRIDE, slot_stride)
-            first_column = tl.where(in_2, OFFSET + N0 + N1, first_column)
-        columns = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-        y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
-        if EVEN_N:
-            y_mask = live[:, None]
-        else:
-            y_mask = live[:, None] & (columns < width)[None, :]
-
-        if slot >= 0:
-            b_ptr = select_slice(lora_slice, b0_ptr, b1_ptr, b2_ptr, SLICES) + slot.to(tl.int64) * slot_stride
-            b_ptr += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
-            b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-            if ADD_INPUTS:
-                inputs = tl.load(y, mask=y_mask, other=0.0)
-            if PDL:  # B and y were complete when the shrink started; only h is still to come
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for r0 in tl.static_range(0, RANK, BLOCK_R):
-                if r0 > 0:
-                    b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
-                h_mask = live[:, None] & ((ranks + r0) < RANK)[None, :]
-                h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                for c in tl.static_range(PLANES):
-                    plane = (c * SLICES + lora_slice).to(tl.int64) * num_rows
-                    h_row = h_ptr + (plane + rows)[:, None] * RANK
-                    h += tl.load(h_row + (ranks + r0)[None, :], mask=h_mask, other=0.0).to(tl.float32)
-                acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-            if ADD_INPUTS:
-                acc += inputs.to(tl.float32)
-            tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
-        elif ZERO_OTHERS:
-            if slot == -1:
-                tl.store(y, tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty), mask=y_mask)
-    if PDL:  # also where there was nothing to do: the next kernel relies on all before this one
+    b_ptr = select_slice(lora_slice, b0_ptr, b1_ptr, b2_ptr, SLICES) + slot.to(tl.int64) * slot_stride
+    b_ptr += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+    if STEPS == 1:
+        # B and y were complete when the shrink started: they are on their way while it still runs
+        b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+        y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if ADD_INPUTS:
+            acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+    if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES).to(b0_ptr.dtype.element_ty)
+    for _step in range(STEPS):
+        if STEPS > 1:
+            b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+            y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if ADD_INPUTS:
+                acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+        acc = tl.dot(h, b, acc, input_precision="ieee")
+        for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
+            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES)
+            b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
+            acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
+        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+        b_ptr += BLOCK_N * B_ROW_STRIDE
+        y += BLOCK_N
+        columns += BLOCK_N
 
 
 def expand(
@@ -166,14 +193,12 @@ def expand(
     planes, slices, num_rows, rank = h.shape
     widths = [b.shape[1] for b in lora_b] + [0] * (3 - slices)
     slot_strides = [b.stride(0) for b in lora_b] + [0] * (3 - slices)
-    blocks = sum(triton.cdiv(width, config.block_n) for width in widths)
-    programs = num_programs(tiles.count * blocks, config.programs_per_sm, y.device)
-    expand_kernel[(programs,)](
+    runs = sum(triton.cdiv(width, config.steps * config.block_n) for width in widths)
+    expand_kernel[(tiles.count * runs,)](
         h,
         *slice_pointers(lora_b),
         y,
         *tiles.pointers,
-        tiles.count,
         tiles.per_segment,
         num_rows,
         y.stride(0),
@@ -194,6 +219,7 @@ def expand(
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        STEPS=config.steps,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

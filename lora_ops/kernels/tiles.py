@@ -9,21 +9,11 @@ SEGMENT_TILES = tl.constexpr(2)
 
 
 @triton.jit
-def count_tiles(lengths_ptr, num_tiles, WITHOUT_ADAPTER: tl.constexpr, TILES: tl.constexpr):
-    """Tiles to work on: of a plan those that its step has, rows without adapter (they come last) only if asked for."""
-    if TILES == PLAN_TILES:
-        if WITHOUT_ADAPTER:
-            return tl.load(lengths_ptr + 1)
-        return tl.load(lengths_ptr)
-    return num_tiles
-
-
-@triton.jit
 def load_tile(
     tile,
     slots_ptr,  # int [T] (plan), [M] (rows) or [segments]
     rows_ptr,  # int32 [T, BLOCK_M] (plan) or int [segments] first rows (segments)
-    lengths_ptr,  # int32 [2] tiles with adapter, all tiles (plan) or int [segments] (segments)
+    lengths_ptr,  # int [segments] (segments)
     tiles_per_segment,
     num_rows,
     TILES: tl.constexpr,

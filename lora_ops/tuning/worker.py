@@ -11,9 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 
+from ops_configs.files import MAX_SHARED_BYTES
 from ops_configs.lora import ExpandConfig, ShrinkConfig
 
-from .candidates import Gpu, batch_class, compile_key, expand_candidates, shrink_candidates
+from .candidates import batch_class, expand_candidates, shrink_candidates
 from .decide import Case
 from .layers import Layer
 
@@ -53,33 +54,28 @@ class Unit:
         return sorted(halves, key=lambda pair: sum(config is not None for config in pair))
 
 
-def model_gpu(device: int) -> Gpu:
-    """What the model of the candidates needs to know of a GPU."""
+def most_shared(device: int) -> int:
+    """Shared memory that a program of a GPU can have, bytes."""
     import torch
 
-    found = torch.cuda.get_device_properties(device)
-    shared = getattr(found, "shared_memory_per_block_optin", Gpu.shared_bytes)
-    return Gpu(multiprocessors=found.multi_processor_count, shared_bytes=min(shared, Gpu.shared_bytes))
+    return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, MAX_SHARED_BYTES)
 
 
-def candidates(gpu: Gpu, unit: Unit, tokens: int, max_loras: int) -> tuple[list[ShrinkConfig], list[ExpandConfig]]:
+def candidates(unit: Unit, tokens: int, shared: int) -> tuple[list[ShrinkConfig], list[ExpandConfig]]:
     """Candidates of shrink and expand of a unit, the analytic default of each first."""
-    from .measure import num_adapters
-
-    arguments = (gpu, unit.layer, unit.rank, tokens, num_adapters(tokens, max_loras))
+    arguments = (unit.layer, unit.rank, tokens, shared)
     return shrink_candidates(*arguments), expand_candidates(*arguments)
 
 
-def compile_jobs(gpu: Gpu, unit: Unit, max_loras: int) -> Iterator[tuple[int, list[Pair]]]:
+def compile_jobs(unit: Unit, shared: int = MAX_SHARED_BYTES) -> Iterator[tuple[int, list[Pair]]]:
     """(rows, pairs) to compile for a unit: each kernel once for all batches that share it."""
     for rows, group in itertools.groupby(unit.tokens, batch_class):
-        shrinks: dict[tuple, ShrinkConfig] = {}
-        expands: dict[tuple, ExpandConfig] = {}
+        shrinks: dict[ShrinkConfig, None] = {}
+        expands: dict[ExpandConfig, None] = {}
         for tokens in group:
-            for found, configs in zip((shrinks, expands), candidates(gpu, unit, tokens, max_loras), strict=True):
-                for config in configs:
-                    found.setdefault(compile_key(config), config)
-        pairs = list(itertools.zip_longest(shrinks.values(), expands.values()))
+            for found, configs in zip((shrinks, expands), candidates(unit, tokens, shared), strict=True):
+                found.update(dict.fromkeys(configs))
+        pairs = list(itertools.zip_longest(shrinks, expands))
         for first in range(0, len(pairs), CHUNK):
             yield rows, pairs[first : first + CHUNK]
 
@@ -123,12 +119,12 @@ def _work(device: int, units: list[Unit], settings: Settings, results, stop) -> 
     import torch
 
     torch.cuda.set_device(device)
-    gpu = model_gpu(device)
+    shared = most_shared(device)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.compile_processes, mp_context=context) as pool:
         futures = []
         for unit in units:
-            jobs = [] if unit.tuned else compile_jobs(gpu, unit, settings.max_loras)
+            jobs = [] if unit.tuned else compile_jobs(unit, shared)
             common = (settings.dtype, device)
             futures.append([pool.submit(_compile, unit.layer, unit.rank, *job, *common) for job in jobs])
         try:
@@ -136,7 +132,7 @@ def _work(device: int, units: list[Unit], settings: Settings, results, stop) -> 
                 if time.monotonic() > settings.deadline:
                     break
                 _wait(compiled)
-                for record in measure_unit(gpu, unit, settings, torch.device("cuda", device)):
+                for record in measure_unit(unit, settings, torch.device("cuda", device), shared):
                     results.put(("record", record))
                     if stop.is_set():
                         return
@@ -144,7 +140,7 @@ def _work(device: int, units: list[Unit], settings: Settings, results, stop) -> 
             pool.shutdown(cancel_futures=True)
 
 
-def measure_unit(gpu: Gpu, unit: Unit, settings: Settings, device) -> Iterator[dict]:
+def measure_unit(unit: Unit, settings: Settings, device, shared: int) -> Iterator[dict]:
     """Records of a unit, one for each number of tokens, until the deadline."""
     import torch
 
@@ -159,7 +155,7 @@ def measure_unit(gpu: Gpu, unit: Unit, settings: Settings, device) -> Iterator[d
         if unit.tuned:
             yield verify(unit, tokens, batch)
             continue
-        shrinks, expands = candidates(gpu, unit, tokens, settings.max_loras)
+        shrinks, expands = candidates(unit, tokens, shared)
         best, times = sweep(batch, shrinks, expands, torch.finfo(dtype).eps)
         default = (shrinks[0], expands[0])
         tuned = [None if config == first else asdict(config) for config, first in zip(best, default, strict=True)]
