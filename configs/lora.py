@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .files import expand_file, shrink_file
 from .store import BUCKETS, SMALL_BATCH, cached, find, forgetting, padded, row_bucket
@@ -59,18 +59,26 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
 def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandConfig:
     """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known."""
     ranks, widest = padded(rank), padded(max(widths))
-    block_r = min(ranks, 64)
     if num_rows <= SMALL_BATCH:
-        warps = 1 if ranks <= 32 else 2
+        block_r, warps = min(ranks, 64), min(max(ranks // 32, 1), 4)
         if num_rows <= 4:
-            return ExpandConfig(min(64, widest), block_r, warps, num_stages=2, steps=1)
-        if widest > 8192:
-            return ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
-        return ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
-    block_n = min(128, widest)
-    blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
-    steps = max(step for step in (1, 2, 4, 8) if step == 1 or step * 800 <= blocks)  # some programs for each SM
-    return ExpandConfig(block_n, block_r, num_warps=4, num_stages=3 if steps > 1 else 2, steps=steps)
+            config = ExpandConfig(min(64, widest), block_r, warps, num_stages=2, steps=1)
+        elif widest > 8192:
+            config = ExpandConfig(128, block_r, max(warps, 2), num_stages=3, steps=4)
+        else:
+            config = ExpandConfig(min(256 if ranks <= 64 else 128, widest), block_r, warps, num_stages=2, steps=1)
+    else:
+        block_n, block_r = min(128, widest), min(ranks, 128)
+        blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
+        steps = max(step for step in (1, 2, 4, 8) if step == 1 or step * 800 <= blocks)  # some programs for each SM
+        warps = 4 if block_r <= 64 else 8
+        config = ExpandConfig(block_n, block_r, warps, num_stages=3 if steps > 1 else 2, steps=steps)
+    return _runnable(config, rank)
+
+
+def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:
+    """A step of several products leaves no shared memory to fetch the next one's operands: then one step."""
+    return config if rank <= config.block_r else replace(config, steps=1)
 
 
 _pinned: tuple[int, ShrinkConfig | None, ExpandConfig | None] | None = None
@@ -121,7 +129,7 @@ def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, devic
         tuned = _pinned[2]
     else:
         tuned = find(expand_file(widths), ExpandConfig, rank, bucket, dtype, device)
-    return tuned or expand_default(widths, rank, bucket)
+    return _runnable(tuned, rank) if tuned else expand_default(widths, rank, bucket)
 
 
 def row_buckets() -> tuple[int, ...]:

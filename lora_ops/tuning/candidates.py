@@ -101,4 +101,6 @@ def expand_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX
     small = _is_small(rows)
     widest, block_r = padded(max(layer.widths)), min(padded(rank), 64 if small else 128)
     found = SMALL_EXPANDS if small else LARGE_EXPANDS
+    if rank > block_r:  # a step of several products leaves no room for the next one's operands
+        found = [(*rest, 1) for *rest, _ in found]
     return _fitting(default, [ExpandConfig(min(n, widest), block_r, *rest) for n, *rest in found], most_shared)
