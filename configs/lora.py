@@ -1,7 +1,7 @@
 """Launch parameters of the LoRA kernels: tuned ones from files, and analytic defaults from the sizes of a layer.
 
-Nothing here changes a result: the order of summation is fixed in `lora_ops.config`. The thresholds come from a sweep
-over Llama-3-8B's layers on an H200 (ranks 16 and 64; 1 to 256 tokens for tiles of 16 rows, 8192 for tiles of 64).
+Nothing here changes a result: the order of summation is fixed in `lora_ops.config`. The thresholds come from tuning
+Llama-3-8B's layers on an H200 (ranks 8 to 128, 1 to 8192 tokens; benchmarks/results/NVIDIA_H200/tune_lora.csv).
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ class ExpandConfig:
 
 def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfig:
     """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], where no tuned ones are known."""
-    ranks = padded(rank)
+    ranks, columns = padded(rank), padded(slices * rank)
+    if num_rows == 1:
+        return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
+    if num_rows <= 4:
+        return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
     if num_rows <= SMALL_BATCH:
-        if num_rows <= 4:
-            return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
         return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
-    columns = padded(slices * rank)
+    if ranks > 64:
+        return ShrinkConfig(min(columns, 128), min(64, padded(k)), num_warps=4, num_stages=4)
     if slices == 1 and ranks > 16 and num_rows > 4096:
         return ShrinkConfig(min(columns, 64), min(128, padded(k)), num_warps=8, num_stages=4)
     return ShrinkConfig(min(columns, 64), min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
@@ -60,20 +63,22 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
     """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known."""
     ranks, widest = padded(rank), padded(max(widths))
     if num_rows <= SMALL_BATCH:
-        block_r, warps = min(ranks, 64), min(max(ranks // 32, 1), 4)
-        if num_rows <= 4:
+        block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
+        wide = widest > 8192
+        if num_rows == 1 or (num_rows <= 4 and not wide):
             config = ExpandConfig(min(64, widest), block_r, warps, num_stages=2, steps=1)
-        elif widest > 8192:
-            config = ExpandConfig(128, block_r, max(warps, 2), num_stages=3, steps=4)
+        elif wide and num_rows > 4 and ranks <= 64:
+            config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:
-            config = ExpandConfig(min(256 if ranks <= 64 else 128, widest), block_r, warps, num_stages=2, steps=1)
-    else:
-        block_n, block_r = min(128, widest), min(ranks, 128)
-        blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
-        steps = max(step for step in (1, 2, 4, 8) if step == 1 or step * 800 <= blocks)  # some programs for each SM
-        warps = 4 if block_r <= 64 else 8
-        config = ExpandConfig(block_n, block_r, warps, num_stages=3 if steps > 1 else 2, steps=steps)
-    return _runnable(config, rank)
+            config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
+        return _runnable(config, rank)
+    block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)
+    blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
+    if num_rows > 4096 or block_n == 64:
+        steps = 8 if blocks >= 6000 else 4
+    else:  # there are planes of h to add up: worth it for several steps, if enough programs are left
+        steps = 4 if ranks >= 64 or blocks >= 700 else 1
+    return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=3 if steps > 1 else 2, steps=steps), rank)
 
 
 def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:

@@ -299,8 +299,13 @@ def test_what_is_kept_is_never_slower_and_always_gains():
         written = decide.entries(found, tuned, on)
         for name, row in written.items():
             for (rank, rows), entry in row.items():
-                assert (entry["config"] is not None) == ((name, rank, rows) in on)
-                assert entry["config"] is None or entry["us"] <= (1 - decide.MARGIN) * entry["default_us"] + 0.01
+                if (name, rank, rows) in on:
+                    assert entry["config"] == {"block_n": 16}
+                    assert entry["us"] <= (1 - decide.MARGIN) * entry["default_us"] + 0.01
+                else:  # the analytic default, written out
+                    kind = ShrinkConfig if "shrink" in name else ExpandConfig
+                    assert asdict(files.parse_config(entry["config"], kind)) == entry["config"]
+                    assert entry["us"] == entry["default_us"]
 
 
 def test_the_merge_takes_what_saves_most():

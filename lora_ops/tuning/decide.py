@@ -10,9 +10,10 @@ faster by the margin and no layer slower.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ops_configs.files import expand_file, shrink_file
+from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
 
 from .layers import Layer
 
@@ -100,8 +101,14 @@ def kept(verified: dict[Case, Verified], tuned: Iterable[Key]) -> set[Key]:
         on.remove(min(bad)[2])
 
 
+def _default(case: Case, half: int) -> ShrinkConfig | ExpandConfig:
+    if half == 0:
+        return shrink_default(case.layer.k, len(case.layer.widths), case.rank, case.tokens)
+    return expand_default(case.layer.widths, case.rank, case.tokens)
+
+
 def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key]) -> dict[str, dict]:
-    """file -> (rank, rows) -> entry as it is written: the kept config, or None where the default stays."""
+    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured."""
     found = gains(verified, on)
     written: dict[str, dict[tuple[int, int], dict]] = {}
     for case, result in sorted(verified.items(), key=lambda item: item[0]):
@@ -112,7 +119,8 @@ def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Ke
                 continue
             us = result.time(*halves)
             without = result.time(halves[0] and i != 0, halves[1] and i != 1)
-            entry = {"config": tuned[key] if key in on else None, "us": round(us, 2), "default_us": round(without, 2)}
+            config = tuned[key] if key in on else asdict(_default(case, i))
+            entry = {"config": config, "us": round(us, 2), "default_us": round(without, 2)}
             written.setdefault(name, {}).setdefault((rank, rows), entry | {"layer": str(case.layer)})
     return written
 
