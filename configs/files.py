@@ -6,9 +6,9 @@
     {"gpu": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0", "kernels": "<hash>", "date": ..., "command": ...,
      "entries": {"<rank>": {"<row bucket>": {"config": {"block_n": 16, ...}, "us": 9.1, "default_us": 10.2}}}}
 
-"us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of the
-day in its place; they are equal where that default was measured and stayed. A config of null asks for today's analytic
-default. fp16 and bf16 share the entries.
+"us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
+the day in its place; they are equal where that default was measured and stayed. A config of null asks for today's
+analytic default. fp16 and bf16 share the entries.
 """
 
 from __future__ import annotations

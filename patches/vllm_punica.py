@@ -6,6 +6,7 @@ move, so they are constants of the traced graph; what changes from step to step 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,15 @@ from lora_ops.plan import NO_ADAPTER, LoraPlan, plan_args
 from ops_patches import counters, state
 
 
+@functools.lru_cache(maxsize=8)
+def _slots_by_adapter(slot_to_adapter: tuple[int | None, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Adapter ids in ascending order, 0 = no adapter among them, and the slot of each."""
+    held = [(adapter, slot) for slot, adapter in enumerate(slot_to_adapter) if adapter is not None]
+    held.append((0, NO_ADAPTER))
+    known, slots = zip(*sorted(held), strict=True)
+    return np.array(known, dtype=np.int64), np.array(slots, dtype=np.int32)
+
+
 def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) -> np.ndarray:
     """Slot of each token from its adapter id (0 = no adapter) and the adapter of each slot (None = free), int32.
 
@@ -24,16 +34,13 @@ def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) 
         ValueError: an adapter id that no slot holds.
     """
     ids = np.asarray(adapter_ids, dtype=np.int64)
-    held = [(adapter, slot) for slot, adapter in enumerate(slot_to_adapter) if adapter is not None]
-    held.append((0, NO_ADAPTER))
-    held.sort()
-    known, slots = (np.array(column, dtype=np.int64) for column in zip(*held, strict=True))
+    known, slots = _slots_by_adapter(tuple(slot_to_adapter))
     position = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     missing = known[position] != ids
     if missing.any():
         unknown = sorted({int(i) for i in ids[missing]})
         raise ValueError(f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first")
-    return slots[position].astype(np.int32)
+    return slots[position]
 
 
 class PlannedLora:
@@ -52,7 +59,10 @@ class PlannedLora:
         """Plan of the tokens, with the row offset of each token's LoRA embedding; plan of the sampled positions."""
         slots = slots_of(mapping.index_mapping, slot_to_adapter)
         self.plan.update(slots, extra=(np.maximum(slots, 0) * vocab_size,))
-        self._sampler_slots = slots_of(mapping.prompt_mapping, slot_to_adapter)
+        if mapping.prompt_mapping == mapping.index_mapping:  # decode: every token is sampled
+            self._sampler_slots = slots
+        else:
+            self._sampler_slots = slots_of(mapping.prompt_mapping, slot_to_adapter)
         if self._plans_sampler:
             self.sampler_plan.update(self._sampler_slots)
         counters.hit("update_metadata")

@@ -133,6 +133,26 @@ def test_extra_sections_are_filled_and_padded():
     assert plan.section("extra_0").tolist() == [5, 0, 9] + [0] * 7
 
 
+def test_a_step_like_the_one_before_is_not_sent_again():
+    plan = LoraPlan(10, 3, "cpu", extra_tokens=1)
+    slots, extra = np.array([2, 0, 2]), np.array([4, 5, 6])
+    plan.update(slots, extra=[extra])
+    names = ("token_slots", "extra_0", "tile_slots_16", "tile_rows_16", "order")
+    expected = [plan.section(name).clone() for name in names]
+    plan.arena.fill_(-7)
+    plan.update(slots.copy(), extra=[extra.copy()])
+    assert (plan.arena == -7).all()
+    for changed, value in ((slots, 1), (extra, 9)):  # in the caller's own array, too
+        before = changed[0]
+        changed[0] = value
+        plan.arena.fill_(-7)
+        plan.update(slots, extra=[extra])
+        assert not (plan.section("token_slots") == -7).any()
+        changed[0] = before
+    plan.update(slots, extra=[extra])
+    assert all(torch.equal(plan.section(name), old) for name, old in zip(names, expected, strict=True))
+
+
 def test_buffers_do_not_move():
     plan = LoraPlan(64, 4, "cpu")
     before = plan.arena.data_ptr(), plan.counts.data_ptr(), plan.section("tile_rows_16").data_ptr()
