@@ -123,9 +123,9 @@ def compile_plan(
     """
     if layer in _compiled or INTERPRET:
         return
-    _compiled.add(layer)
     for num_rows in batches:
         kernels(replace(plan_tiles(arena, layout, num_rows), count=0))
+    _compiled.add(layer)
 
 
 def run_plan(
@@ -136,24 +136,27 @@ def run_plan(
 
 
 @functools.cache
-def _side(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+def _side(device: torch.device, stream: int) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
+    """Side stream of a stream (its handle), the event from which it starts and the one at which it is done."""
     return torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event()
 
 
 def run_beside(function: Callable[[], None], device: torch.device) -> None:
-    """Run `function` on the device's side stream, after all that the current stream has; `join_side` waits for it."""
+    """Run `function` on the current stream's side stream, after all that the current one has; see `join_side`."""
     if device.type != "cuda":
         function()
         return
-    stream, fork, done = _side(device)
+    side, fork, done = _side(device, torch.cuda.current_stream(device).cuda_stream)
     fork.record()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(side):
         fork.wait()
-        function()
-        done.record()
+        try:
+            function()
+        finally:
+            done.record()
 
 
 def join_side(device: torch.device) -> None:
-    """Let the current stream wait for the last `run_beside`."""
+    """Let the current stream wait for its last `run_beside`, and so for those before it."""
     if device.type == "cuda":
-        _side(device)[2].wait()
+        _side(device, torch.cuda.current_stream(device).cuda_stream)[2].wait()

@@ -34,7 +34,7 @@ from .launches import (
     run_shrink,
     segment_tiles,
 )
-from .plan import SMALL_BATCH, LoraPlan, plan_args, plan_layout
+from .plan import NO_TILE, SMALL_BATCH, LoraPlan, plan_args, plan_layout
 
 _library = torch.library.Library("lora_ops", "DEF")
 
@@ -202,8 +202,8 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
 
 
 def _fits_beside(num_rows: int, counts: torch.Tensor) -> bool:
-    """Whether a batch's LoRA part runs beside the layer itself: decode, with an adapter in use."""
-    return 0 < num_rows <= SMALL_BATCH and int(counts[1]) > 0
+    """Whether a batch's LoRA part runs beside the layer itself: rows and plan are small, and an adapter is in use."""
+    return num_rows > 0 and max(num_rows, int(counts[0])) <= SMALL_BATCH and int(counts[1]) > 0
 
 
 @_register(f"lora_delta(Tensor(a!) delta, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)")
@@ -239,7 +239,7 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
 def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale):
     if _fits_beside(x.shape[0], counts):
         join_side(x.device)
-    elif x.shape[0] > SMALL_BATCH:
+    else:
         large = [rows for rows in row_buckets() if rows > SMALL_BATCH]
         _add_linear("lora_join", y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True, large)
 
@@ -273,6 +273,7 @@ def linear_beside(
     torch.ops.lora_ops.lora_join(delta, y, *arguments)
     rows = torch.arange(y.shape[0], device=y.device)
     small = torch.full((), y.shape[0], dtype=torch.int32, device=y.device) <= SMALL_BATCH
+    small = small & (plan.section("tile_slots_16")[0] != NO_TILE)  # in a graph too, whatever plan it meets
     written = (plan.section("token_slots")[: y.shape[0]] >= 0) & small
     return y + torch.ops.aten._unsafe_masked_index(delta, written[:, None], [rows], 0)
 

@@ -114,7 +114,7 @@ class LoraPlan:
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
         self._numbers = np.arange(max_tokens)
         self._blank = self._make_blank()
-        self._sent: tuple[np.ndarray, ...] = ()
+        self._built: tuple[np.ndarray, ...] = ()
         self.update(())
 
     def section(self, name: str) -> torch.Tensor:
@@ -142,7 +142,8 @@ class LoraPlan:
     def update(self, token_slots: Sequence[int] | np.ndarray, extra: Sequence[np.ndarray] = ()) -> None:
         """Build the plan of a step on the CPU and send it to the device with one copy, without a sync.
 
-        A step like the one before, as most decode steps are, finds its plan in place.
+        A step like the one before, as most decode steps are, is not built again; it is sent again, for whoever owns the
+        device memory may have dropped it in between (a server that slept).
 
         Args:
             token_slots: slot of each token, -1 = no adapter; at most max_tokens.
@@ -153,14 +154,14 @@ class LoraPlan:
         """
         slots = np.asarray(token_slots, dtype=np.int32)
         wanted = (slots, *extra)
-        if len(wanted) == len(self._sent) and all(map(np.array_equal, wanted, self._sent)):
-            return
-        self._check(slots)
-        staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
-        self.counts.numpy()[:] = slots.size, num_active
-        self.arena[:used].copy_(staging[:used], non_blocking=True)
-        self._sent = tuple(np.array(values) for values in wanted)  # copies: the caller may write into its own
+        if len(wanted) != len(self._built) or not all(map(np.array_equal, wanted, self._built)):
+            self._check(slots)
+            staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
+            self.counts.numpy()[:] = slots.size, num_active
+            self._staging = staging[:used]  # never written again: a copy may still be under way
+            self._built = tuple(np.array(values) for values in wanted)  # copies: the caller may write into its own
+        self.arena[: len(self._staging)].copy_(self._staging, non_blocking=True)
 
     def _check(self, slots: np.ndarray) -> None:
         if slots.ndim != 1 or slots.size > self.max_tokens:

@@ -52,8 +52,10 @@ def test_compiled_graph_follows_the_plan(backend):
         torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_beside_compiles_to_one_fused_sum():
-    """The LoRA part is asked for before the GEMM starts, and its sum is no kernel of its own."""
+@pytest.mark.parametrize("v2", [False, True])  # vLLM switches it off
+def test_beside_compiles_to_one_fused_sum(v2):
+    """The LoRA part is asked for before the GEMM starts, its sum is no kernel of its own, and nothing is copied."""
+    torch._dynamo.reset()
     plan, a, b = layer()
     weight = torch.randn(K, sum(WIDTHS))
 
@@ -61,13 +63,16 @@ def test_beside_compiles_to_one_fused_sum():
         return torch.relu(lora_ops.linear_beside(lambda: x @ weight, x, a, b, plan)) + 1
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    _, (code,) = torch._inductor.utils.run_and_get_code(compiled, torch.randn(M, K))
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=v2):
+        _, (code,) = torch._inductor.utils.run_and_get_code(compiled, torch.randn(M, K))
     body = code[code.index("def call(") :]
     order = [
         body.index(call) for call in ("lora_delta.default(", "extern_kernels.mm(", "lora_join.default(", "cpp_fused")
     ]
     assert order == sorted(order)
     assert body.count("cpp_fused") == 1
+    assert "clone" not in body
+    assert "copy_" not in body
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -91,6 +96,24 @@ def test_beside_follows_the_plan(backend):
             y = x @ weight
             lora_ops.reference.lora_linear(y, x, a, b, plan)
             torch.testing.assert_close(compiled(x), torch.relu(y) + 1)
+
+
+def test_beside_with_a_plan_larger_than_the_batch():
+    """Rows of a batch that is smaller than its plan, as a layer that takes a part of the rows sees it."""
+    _, a, b = layer()
+    plan = lora_ops.LoraPlan(SMALL_BATCH + 100, L, "cpu")
+    plan.update([1] * (SMALL_BATCH + 1))
+    x, y = torch.randn(M, K), torch.randn(M, sum(WIDTHS))
+    arguments = (x, a, b, *plan_args(plan), 1.0)
+    delta = torch.full((SMALL_BATCH, sum(WIDTHS)), torch.nan)
+    torch.ops.lora_ops.lora_delta(delta, *arguments)
+    assert delta.isnan().all()
+    expected = y.clone()
+    torch.ops.lora_ops.lora_join(delta, y, *arguments)
+    small = lora_ops.LoraPlan(M, L, "cpu")
+    small.update([1] * M)
+    lora_ops.reference.lora_linear(expected, x, a, b, small)
+    torch.testing.assert_close(y, expected)
 
 
 def test_beside_leaves_rows_that_nobody_wrote_out():

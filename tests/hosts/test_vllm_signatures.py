@@ -134,7 +134,7 @@ def test_every_patched_symbol_has_the_expected_signature(tree):
     for row in checked:
         found = signature_of(definition(tree, in_sources(row, tree)))
         assert engine.parameters(found) == engine.parameters(row.signature), row.target
-    assert len(checked) == 2
+    assert len(checked) == (3 if tree.name in GPU_TREES else 2)
 
 
 def test_every_contract_holds(tree):

@@ -6,6 +6,7 @@ import torch
 
 import lora_ops
 from lora_ops import ops, reference
+from lora_ops.plan import plan_args
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
 
@@ -319,6 +320,40 @@ def test_beside_in_a_cuda_graph(device):
         expected = (x @ base).float()
         lora_ops.reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, layer.plan)
         assert_close(result, torch.relu(expected) + 1, 1.5 * tolerance(torch.bfloat16))
+
+
+def test_two_parts_beside_at_once(device):
+    """A graph in which both layers' parts are asked for before either is waited for."""
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    layers = [make_layer(Case(40, 512, (96, 64), 16, 6, "two"), torch.bfloat16, device) for _ in range(2)]
+    outs = [torch.empty(40, layer.width, device=device, dtype=torch.bfloat16) for layer in layers]
+    deltas = [torch.empty(512, layer.width, device=device, dtype=torch.bfloat16) for layer in layers]
+    bases = [torch.randn(512, layer.width, device=device, dtype=torch.bfloat16) for layer in layers]
+
+    def run():
+        arguments = [(one.x, one.lora_a, one.lora_b, *plan_args(one.plan), 1.0) for one in layers]
+        for delta, rest in zip(deltas, arguments, strict=True):
+            torch.ops.lora_ops.lora_delta(delta, *rest)
+        for layer, base, out in zip(layers, bases, outs, strict=True):
+            torch.mm(layer.x, base, out=out)
+        for delta, out, rest in zip(deltas, outs, arguments, strict=True):
+            torch.ops.lora_ops.lora_join(delta, out, *rest)
+            out.add_(delta[:40])
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for layer, delta in zip(layers, deltas, strict=True):
+        layer.plan.update(np.random.default_rng().integers(0, 6, 40))
+        delta.fill_(torch.nan)
+    graph.replay()
+    for layer, base, out in zip(layers, bases, outs, strict=True):
+        expected = (layer.x @ base).float()
+        lora_ops.reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        assert_close(out, expected, 2 * tolerance(torch.bfloat16))
 
 
 def test_equal_slices_at_another_offset_are_another_layer(device, monkeypatch):
