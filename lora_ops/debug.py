@@ -50,10 +50,10 @@ class watch:
     pass unchanged.
     """
 
-    __slots__ = ("args", "op")
+    __slots__ = ("args", "namespace", "op")
 
-    def __init__(self, op: str, args: Sequence) -> None:
-        self.op, self.args = op, args
+    def __init__(self, op: str, args: Sequence, namespace: str = "lora_ops") -> None:
+        self.op, self.args, self.namespace = op, args, namespace
 
     def __enter__(self) -> None:
         if enabled():
@@ -71,12 +71,12 @@ class watch:
             return
         what = str(error) if isinstance(error, KernelError) else f"{type(error).__name__}: {error}"
         hint = f"\n{LATE}" if "CUDA error" in what and not enabled() else ""
-        raise KernelError(f"{self.op} failed: {what}\n{describe(self.op, self.args)}{hint}") from error
+        raise KernelError(f"{self.op} failed: {what}\n{describe(self.op, self.args, self.namespace)}{hint}") from error
 
 
-def describe(op: str, args: Sequence) -> str:
+def describe(op: str, args: Sequence, namespace: str = "lora_ops") -> str:
     """The op's arguments in words, one a line: dtype, shape, strides and device of tensors, the value of others."""
-    names = [argument.name for argument in getattr(torch.ops.lora_ops, op).default._schema.arguments]
+    names = [argument.name for argument in getattr(getattr(torch.ops, namespace), op).default._schema.arguments]
     return "\n".join(f"  {name}: {_text(value)}" for name, value in zip(names, args, strict=False))
 
 

@@ -1,16 +1,20 @@
-"""Routed experts (MoE): the routing plan of a call, and the fp32 reference of the layer.
+"""Routed experts (MoE): the layer and its grouped matrix product as Triton kernels, their routing plan, a reference.
 
+    y = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids)
     plan = moe_ops.routing_plan(topk_ids, num_experts, tile_rows=64)
-    y = moe_ops.reference.fused_experts(hidden, w13, w2, topk_weights, topk_ids)
+    h = moe_ops.grouped_gemm(hidden, w, plan, gather=True)
 
-Both are pure torch and run on any device. There are no kernels here yet, and nothing that patches a serving engine.
+fp16, bf16 and fp32. `moe_ops.reference` has the same functions in fp32 torch. Nothing here patches a serving engine.
 The names below are imported on first use, so that `import moe_ops` stays light.
 """
 
 from importlib import import_module
 
-_HOME = dict.fromkeys(("RoutingPlan", "routing_plan"), "moe_ops.routing")
-_SUBMODULES = ("reference", "routing")
+_HOME = {
+    **dict.fromkeys(("RoutingPlan", "routing_plan"), "moe_ops.routing"),
+    **dict.fromkeys(("fused_experts", "grouped_gemm"), "moe_ops.ops"),
+}
+_SUBMODULES = ("ops", "reference", "routing")
 
 __all__ = [*_HOME, *_SUBMODULES]
 

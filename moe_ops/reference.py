@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks
+from .checks import ACTIVATIONS as ACTIVATIONS
 from .routing import RoutingPlan, local_experts
 
 POINTWISE = {
@@ -20,16 +21,25 @@ POINTWISE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
-ACTIVATIONS = (*POINTWISE, "swiglu_oai")
 
 
-def grouped_gemm(x: torch.Tensor, w: torch.Tensor, plan: RoutingPlan, gather: bool = False) -> torch.Tensor:
-    """out[row] = w[expert of row] @ x[row]; zero for rows without expert.
+def grouped_gemm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    plan: RoutingPlan,
+    gather: bool = False,
+    *,
+    bias: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[row] = weight of row * (w[expert of row] @ x[row] + bias[expert of row]); zero for rows without expert.
 
     Args:
         x: [C, K], one row each row of the plan; with gather [M, K], one row each token.
         w: [E, N, K].
-        gather: read the row of the token, out[row] = w[expert of row] @ x[token of row].
+        gather: read the row of the token, x[token of row].
+        bias: [E, N].
+        topk_weights: floating [M, top_k], routed weight of each choice; 1 by default.
 
     Returns:
         [C, N] in the dtype of x.
@@ -38,16 +48,15 @@ def grouped_gemm(x: torch.Tensor, w: torch.Tensor, plan: RoutingPlan, gather: bo
         ValueError: a shape or device that does not fit the plan.
         TypeError: x or w is not floating.
     """
-    num_rows = plan.choices.shape[0]
-    checks.floating("grouped_gemm", "x", x, plan.choices.device)
-    checks.floating("grouped_gemm", "w", w, plan.choices.device)
-    dims, size = ("tokens, K", num_rows // plan.top_k) if gather else ("rows, K", num_rows)
-    checks.shape("grouped_gemm", "x", x, dims, (size, None))
-    checks.shape("grouped_gemm", "w", w, "experts, N, K", (plan.counts.shape[0], None, x.shape[1]))
+    checks.grouped_gemm(x, w, plan.choices, plan.counts.shape[0], plan.top_k, gather, bias, topk_weights)
     x_rows = x[plan.tokens.long()] if gather else x
-    out = torch.zeros(num_rows, w.shape[1], dtype=torch.float32, device=x.device)
+    out = torch.zeros(plan.choices.shape[0], w.shape[1], dtype=torch.float32, device=x.device)
     for expert, (first, end) in enumerate(pairwise(plan.starts.tolist())):
         out[first:end] = x_rows[first:end].float() @ w[expert].float().T
+        if bias is not None:
+            out[first:end] += bias[expert].float()
+        if topk_weights is not None:
+            out[first:end] *= topk_weights.flatten()[plan.choices[first:end].long(), None].float()
     return out.to(x.dtype)
 
 
@@ -72,10 +81,7 @@ def activate(
     Raises:
         ValueError: an unknown activation, or one that needs a gate without it.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if not gated and (interleaved or activation == "swiglu_oai"):
-        raise ValueError("interleaved weights and swiglu_oai have gate and up: they need gated=True")
+    checks.activation(activation, gated, interleaved)
     if not gated:
         return POINTWISE[activation](h)
     gate, up = (h[:, ::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
@@ -128,28 +134,11 @@ def fused_experts(
             input, and on the CPU an id out of range.
         TypeError: ids that are not int32 or int64, or another tensor that is not floating.
     """
-    tensors = {"hidden": hidden, "w13": w13, "w2": w2, "topk_weights": topk_weights, "bias13": bias13, "bias2": bias2}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            checks.floating("fused_experts", name, tensor, topk_ids.device)
-    checks.shape("fused_experts", "hidden", hidden, "tokens, H", (None, None))
-    checks.shape("fused_experts", "w2", w2, "experts, H, I", (None, hidden.shape[1], None))
-    num_experts, width, inner = w2.shape
-    w13_rows = 2 * inner if gated else inner
-    checks.shape("fused_experts", "w13", w13, "experts, 2 I if gated else I, H", (num_experts, w13_rows, width))
-    checks.routing("fused_experts", topk_ids, num_experts, expert_map)
-    checks.shape("fused_experts", "topk_ids", topk_ids, "tokens, top_k", (hidden.shape[0], None))
-    checks.shape("fused_experts", "topk_weights", topk_weights, "tokens, top_k", tuple(topk_ids.shape))
-    if bias13 is not None:
-        checks.shape("fused_experts", "bias13", bias13, "experts, rows of w13", (num_experts, w13_rows))
-    if bias2 is not None:
-        checks.shape("fused_experts", "bias2", bias2, "experts, H", (num_experts, width))
-    if bias13 is not None and apply_router_weight_on_input:
-        raise ValueError(
-            "fused_experts: with routed weights on the input it is not agreed whether they multiply bias13 too: "
-            "leave out bias13 or apply_router_weight_on_input"
-        )
-
+    checks.fused_experts(
+        hidden, w13, w2, topk_weights, topk_ids, gated, bias13, bias2, expert_map, apply_router_weight_on_input
+    )
+    checks.activation(activation, gated, interleaved)
+    num_experts = w13.shape[0]
     experts = local_experts(topk_ids, num_experts, expert_map)
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for expert in range(num_experts):

@@ -1,0 +1,52 @@
+"""Combine: out[m] = scaling * sum over k of y[row of choice (m, k)].
+
+rows of a token, where they have an expert -> fp32 sum in the order of k -> the token's row
+
+Shapes: y [C, N] in row order, out [M, N] of the same dtype. Arrays of the plan as in routing.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..routing import RoutingPlan
+
+MAX_BLOCK = 1024
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,  # [C, N]
+    out_ptr,  # [M, N]
+    rows_ptr,  # int32 [C]
+    first_without_expert_ptr,  # int32 [1]
+    scaling,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: (tokens, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[token], zero without any expert.
+
+    Rows from `first_without_expert` on were never written: they are not read.
+    """
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_without_expert = tl.load(first_without_expert_ptr)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + token * TOP_K + k)
+        mask = columns < tl.where(row < first_without_expert, N, 0)
+        total += tl.load(y_ptr + row.to(tl.int64) * N + columns, mask=mask, other=0.0).to(tl.float32)
+    out = out_ptr + token.to(tl.int64) * N + columns
+    tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=columns < N)
+
+
+def combine(y: torch.Tensor, out: torch.Tensor, plan: RoutingPlan, scaling: float = 1.0) -> None:
+    """Launch the combine: y [C, N] and out [M, N] contiguous, at least one token."""
+    tokens, n = out.shape
+    block_n = min(triton.next_power_of_2(n), MAX_BLOCK)
+    combine_kernel[(tokens, triton.cdiv(n, block_n))](
+        y, out, plan.rows, plan.starts[-1:], scaling, N=n, TOP_K=plan.top_k, BLOCK_N=block_n, num_warps=4
+    )

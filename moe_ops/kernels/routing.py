@@ -1,0 +1,161 @@
+"""The routing plan in one launch (two above 1024 choices), array for array that of `moe_ops.routing_plan`.
+
+experts of all choices -> counts -> starts -> row of each choice = start + choices of the expert before it -> tiles
+
+Shapes: topk_ids int32 or int64 [C]; arrays of the plan as in routing.py. No atomics on results: every integer follows
+from the ids alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import checks
+from ..routing import RoutingPlan, tile_count_bound
+
+BLOCK = 128
+"""Choices that a program places."""
+CHUNK = 1024
+"""Choices that a program counts."""
+CHUNKS_A_STEP = 8
+
+
+@triton.jit
+def load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr):
+    """Local expert of each choice, EXPERTS where it has none."""
+    ids = tl.load(ids_ptr + choices, mask=mask, other=-1)
+    if expert_map_ptr is not None:
+        ids = tl.load(expert_map_ptr + ids, mask=(ids >= 0) & (ids < GLOBAL_EXPERTS), other=-1)
+    return tl.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_choices"])
+def count_kernel(
+    ids_ptr,  # [C]
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    chunk_counts_ptr,  # int32 [ceil(C / CHUNK), BINS]
+    num_choices,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid: (ceil(C / CHUNK),). A program owns the counts of one chunk of choices."""
+    chunk = tl.program_id(0)
+    choices = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask = choices < num_choices
+    experts = load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS, GLOBAL_EXPERTS)
+    tl.store(chunk_counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=mask))
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_tiles", "num_chunks"])
+def place_kernel(
+    ids_ptr,  # [C]
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    chunk_counts_ptr,  # int32 [num_chunks, BINS], or None: one chunk
+    choices_ptr,  # int32 [C]
+    rows_ptr,  # int32 [C]
+    counts_ptr,  # int32 [E]
+    starts_ptr,  # int32 [E + 1]
+    tile_experts_ptr,  # int32 [T]
+    tile_starts_ptr,  # int32 [T]
+    tile_sizes_ptr,  # int32 [T]
+    num_choices,
+    num_tiles,
+    num_chunks,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_A_STEP: tl.constexpr,
+):
+    """Grid: (ceil(C / BLOCK),). A program owns rows and choices of its BLOCK choices, every ceil(C / BLOCK)-th tile of
+    each expert, and the padding among its BLOCK places in the list of tiles; the first also owns counts and starts.
+    """
+    pid = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    mine = pid * BLOCK + tl.arange(0, BLOCK)
+    is_choice = mine < num_choices
+    experts = load_experts(ids_ptr, expert_map_ptr, mine, is_choice, EXPERTS, GLOBAL_EXPERTS)
+
+    chunk = pid * BLOCK // CHUNK
+    chunk_choices = chunk * CHUNK + tl.arange(0, CHUNK)
+    in_chunk = chunk_choices < num_choices
+    chunk_experts = load_experts(ids_ptr, expert_map_ptr, chunk_choices, in_chunk, EXPERTS, GLOBAL_EXPERTS)
+    before = tl.histogram(chunk_experts, BINS, mask=in_chunk & (chunk_choices < pid * BLOCK))
+    if chunk_counts_ptr is None:
+        counts = tl.histogram(chunk_experts, BINS, mask=in_chunk)
+    else:
+        counts = tl.zeros((BINS,), tl.int32)
+        for first in range(0, num_chunks, CHUNKS_A_STEP):
+            chunks = first + tl.arange(0, CHUNKS_A_STEP)
+            pointers = chunk_counts_ptr + chunks[:, None] * BINS + bins[None, :]
+            some = tl.load(pointers, mask=(chunks < num_chunks)[:, None], other=0)
+            counts += tl.sum(some, 0)
+            before += tl.sum(tl.where((chunks < chunk)[:, None], some, 0), 0)
+
+    starts = tl.cumsum(counts, 0) - counts
+    earlier = tl.arange(0, BLOCK)[None, :] < tl.arange(0, BLOCK)[:, None]
+    rank = tl.sum(((experts[:, None] == experts[None, :]) & earlier).to(tl.int32), 1)
+    rows = tl.gather(starts + before, experts, 0) + rank
+    tl.store(rows_ptr + mine, rows, mask=is_choice)
+    tl.store(choices_ptr + rows, mine, mask=is_choice)
+    if pid == 0:
+        tl.store(counts_ptr + bins, counts, mask=bins < EXPERTS)
+        tl.store(starts_ptr + bins, starts, mask=bins <= EXPERTS)
+
+    tiles = tl.where(bins < EXPERTS, (counts + TILE_ROWS - 1) // TILE_ROWS, 0)
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    for t in range(pid, tl.max(tiles, 0), tl.num_programs(0)):
+        mask = t < tiles
+        tl.store(tile_experts_ptr + first_tile + t, bins, mask=mask)
+        tl.store(tile_starts_ptr + first_tile + t, starts + t * TILE_ROWS, mask=mask)
+        tl.store(tile_sizes_ptr + first_tile + t, tl.minimum(counts - t * TILE_ROWS, TILE_ROWS), mask=mask)
+    padding = (mine >= tl.sum(tiles, 0)) & (mine < num_tiles)
+    zeros = tl.zeros((BLOCK,), tl.int32)
+    tl.store(tile_experts_ptr + mine, zeros - 1, mask=padding)
+    tl.store(tile_starts_ptr + mine, zeros, mask=padding)
+    tl.store(tile_sizes_ptr + mine, zeros, mask=padding)
+
+
+def routing_plan(
+    topk_ids: torch.Tensor, num_experts: int, tile_rows: int, expert_map: torch.Tensor | None = None
+) -> RoutingPlan:
+    """`moe_ops.routing_plan` of at least one choice; arguments, result and errors are the same."""
+    checks.routing("routing_plan", topk_ids, num_experts, expert_map)
+    ids = topk_ids.reshape(-1)
+    expert_map = None if expert_map is None else expert_map.contiguous()
+    num_choices = ids.shape[0]
+    num_tiles = tile_count_bound(num_choices, num_experts, tile_rows)
+    sizes = [num_choices, num_choices, num_experts, num_experts + 1, num_tiles, num_tiles, num_tiles]
+    arrays = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
+    num_chunks = triton.cdiv(num_choices, CHUNK)
+    constants = {
+        "EXPERTS": num_experts,
+        "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
+        "BINS": max(triton.next_power_of_2(num_experts + 1), 32),
+        "CHUNK": CHUNK,
+    }
+    chunk_counts = None
+    if num_chunks > 1:
+        chunk_counts = torch.empty(num_chunks, constants["BINS"], dtype=torch.int32, device=ids.device)
+        count_kernel[(num_chunks,)](ids, expert_map, chunk_counts, num_choices, **constants, num_warps=8)
+    place_kernel[(triton.cdiv(num_choices, BLOCK),)](
+        ids,
+        expert_map,
+        chunk_counts,
+        *arrays,
+        num_choices,
+        num_tiles,
+        num_chunks,
+        TILE_ROWS=tile_rows,
+        BLOCK=BLOCK,
+        CHUNKS_A_STEP=CHUNKS_A_STEP,
+        **constants,
+        num_warps=8,
+    )
+    return RoutingPlan(*arrays, top_k=topk_ids.shape[1], tile_rows=tile_rows)
