@@ -26,7 +26,7 @@ _HOME = {
         ),
         "lora_ops.ops",
     ),
-    "KernelError": "lora_ops.debug",
+    "KernelError": "ops_patches.debug",
     "use_configs": "ops_configs.store",
     **dict.fromkeys(("patch_vllm", "status", "unpatch_vllm"), "ops_patches.vllm_lora"),
 }

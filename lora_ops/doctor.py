@@ -18,11 +18,9 @@ from rich.table import Table
 
 from ops_configs import store
 from ops_configs.lora import ExpandConfig, ShrinkConfig
-from ops_patches import state
+from ops_patches import debug, state
 from ops_patches.engine import UNPATCHED, PatchSet
 from ops_patches.vllm_lora import VLLM_LORA
-
-from . import debug
 
 DISTRIBUTIONS = ("serving-ops", "torch", "triton", *VLLM_LORA.hosts, "sglang", "transformers", "peft")
 PREFIX = "LORA_OPS_"

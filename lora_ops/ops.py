@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 
 from ops_configs.lora import row_buckets
-from ops_patches import counters
+from ops_patches import counters, debug
 
-from . import checks, debug, reference
+from . import checks, reference
 from .config import MAX_SLICES
 from .launches import (
     INTERPRET,

@@ -17,9 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from lora_ops import debug
 from ops_configs.moe import TILE_ROWS, moe_default, tile_rows
-from ops_patches import counters
+from ops_patches import counters, debug
 
 from . import checks, reference
 from .routing import RoutingPlan

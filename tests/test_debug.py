@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_ops import debug, ops  # noqa: F401 (registers the ops that messages describe)
+from lora_ops import ops  # noqa: F401 (registers the ops that messages describe)
+from ops_patches import debug
 
 
 @pytest.fixture

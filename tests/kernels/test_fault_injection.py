@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lora_ops
-from lora_ops.debug import KernelError
 from ops_patches import counters
+from ops_patches.debug import KernelError
 
 from .cases import Case, Layer, assert_close, make_layer, tolerance
 

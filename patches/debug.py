@@ -1,4 +1,4 @@
-"""Errors of kernels carry the op's name and arguments; with LORA_OPS_DEBUG=1, the kernel's name too.
+"""Errors of our kernels carry the op's name and arguments; with LORA_OPS_DEBUG=1, the kernel's name too.
 
 CUDA runs kernels behind Python's back: an illegal access shows at some later call that has nothing to do with it. With
 LORA_OPS_DEBUG=1 each op of ours waits for the device before and after it, and each Triton kernel of the process after
