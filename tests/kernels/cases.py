@@ -91,13 +91,17 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tol: float) -> None:
-    """Frobenius error within tol, and no element further off than 8 tol of the largest: NaN never passes."""
+    """Frobenius error within tol, and no element further off than 8 tol of the largest: NaN never passes.
+
+    Elements are sums whose terms make_layer gives a standard deviation of 1 in all. Of a lone sum that happens to
+    cancel, no more is known than of others: errors count relative to at least a tenth of that deviation.
+    """
     assert actual.shape == expected.shape
     if expected.numel() == 0:
         return
     difference = actual.double() - expected.double()
-    relative = float(difference.norm() / expected.double().norm().clamp_min(1e-30))
-    worst = float(difference.abs().max() / expected.double().abs().max().clamp_min(1e-30))
+    relative = float(difference.norm() / expected.double().norm().clamp_min(0.1 * expected.numel() ** 0.5))
+    worst = float(difference.abs().max() / expected.double().abs().max().clamp_min(0.1))
     where = np.unravel_index(int(difference.abs().argmax()), tuple(difference.shape))
     assert relative <= tol, f"relative error {relative:.2e} > {tol:.2e}, worst at {where}"
     assert worst <= 8 * tol, f"element error {worst:.2e} of the largest > {8 * tol:.2e} at {where}"
