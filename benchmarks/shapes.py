@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_ops.tuning.layers import Layer, model_layers
+
 DISTRIBUTIONS = ("uniform", "zipf", "one")
 PREFILL_TOKENS = 1024
 """From this many tokens up a batch is made of sequences, below it each token is a request of its own."""
@@ -24,20 +26,21 @@ class Module:
         return sum(self.slices)
 
 
-def _modules(hidden: int, q: int, kv: int, inter: int) -> tuple[Module, ...]:
-    return (
-        Module("qkv", hidden, (q, kv, kv)),
-        Module("o", q, (hidden,)),
-        Module("gate_up", hidden, (inter, inter)),
-        Module("down", inter, (hidden,)),
-    )
+def _modules(layers: dict[str, Layer]) -> tuple[Module, ...]:
+    return tuple(Module(name, layer.k, layer.widths) for name, layer in layers.items())
 
 
+TINY = {
+    "qkv": Layer(128, (128, 32, 32)),
+    "o": Layer(128, (128,)),
+    "gate_up": Layer(128, (272, 272)),
+    "down": Layer(272, (128,)),
+}
 MODELS: dict[str, tuple[Module, ...]] = {
-    "llama3-8b": _modules(hidden=4096, q=4096, kv=1024, inter=14336),
-    "qwen3-32b": _modules(hidden=5120, q=8192, kv=1024, inter=25600),
-    "llama3-70b-tp4": _modules(hidden=8192, q=2048, kv=256, inter=7168),
-    "tiny": _modules(hidden=128, q=128, kv=32, inter=272),
+    "llama3-8b": _modules(model_layers("llama3-8b")),
+    "qwen3-32b": _modules(model_layers("qwen3-32b")),
+    "llama3-70b-tp4": _modules(model_layers("llama3-70b", tp=4)),
+    "tiny": _modules(TINY),
 }
 
 GRID = (

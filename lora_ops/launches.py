@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 
 from ops_configs.lora import expand_config, shrink_config
 from ops_configs.store import register_kernels
+from ops_patches.library import INTERPRET
 
 from .config import PLANES_BATCH, chunk_k
 from .plan import plan_layout, tile_count_bound, tile_rows_for
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 register_kernels(Path(__file__).parent / "kernels")
 

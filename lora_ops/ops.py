@@ -10,7 +10,6 @@ to 512. Every op is deterministic, and a row's result does not depend on the oth
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,12 +17,11 @@ from typing import NamedTuple
 import torch
 
 from ops_configs.lora import row_buckets
-from ops_patches import counters, debug
+from ops_patches.library import op_library, uses_kernels
 
 from . import checks, reference
 from .config import MAX_SLICES
 from .launches import (
-    INTERPRET,
     compile_plan,
     join_side,
     row_tiles,
@@ -36,44 +34,7 @@ from .launches import (
 )
 from .plan import NO_TILE, SMALL_BATCH, LoraPlan, plan_args, plan_layout
 
-_library = torch.library.Library("lora_ops", "DEF")
-
-
-def _device_of(args: Sequence) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it that of the tensors."""
-    tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _register(schema: str) -> Callable[[Callable], Callable]:
-    """Register a function that mutates its arguments and returns nothing as torch.ops.lora_ops.<name>.
-
-    Each call is counted: hit, or error before the exception goes on.
-    """
-    name = schema.split("(")[0]
-
-    def register(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def counted(*args) -> None:
-            try:
-                with _device_of(args), debug.watch(name, args):
-                    function(*args)
-            except Exception as error:
-                counters.error(name, type(error))
-                raise
-            counters.hit(name)
-
-        _library.define(f"{schema} -> ()", tags=(torch.Tag.needs_fixed_stride_order,))
-        _library.impl(name, counted, "CPU")
-        _library.impl(name, counted, "CUDA")
-        torch.library.register_fake(f"lora_ops::{name}", lambda *args: None, lib=_library)
-        return function
-
-    return register
-
-
-def _uses_kernels(weight: torch.Tensor) -> bool:
-    return weight.is_cuda or (INTERPRET and weight.dtype != torch.bfloat16)
+_register = op_library("lora_ops")
 
 
 class _Slots(NamedTuple):
@@ -121,7 +82,7 @@ def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     checks.plan_fits(op, weights[0], layout, arena)
     if x.shape[0] == 0:
         return
-    if not _uses_kernels(weights[0]):
+    if not uses_kernels(weights[0]):
         reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
         return
     for group in _slice_groups(len(weights)):
@@ -141,7 +102,7 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
     checks.plan_fits(op, weights[0], layout, arena)
     if y.shape[0] == 0 or (add_inputs and counts[1] == 0):
         return
-    if not _uses_kernels(weights[0]):
+    if not uses_kernels(weights[0]):
         reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
         return
     for group in _slice_groups(len(weights)):
@@ -191,7 +152,7 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
     checks.matrix(op, "y", y, b[0].device)
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
     checks.window(op, y, offset, sum(weight.shape[1] for weight in b))
-    if not _uses_kernels(a[0]):
+    if not uses_kernels(a[0]):
         if x.shape[0] > 0:
             reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
         return
@@ -215,7 +176,7 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
         raise ValueError(f"{op}: delta has {delta.shape[0]} rows, expected {SMALL_BATCH}")
     beside = _fits_beside(x.shape[0], counts)
     y, x = delta[: x.shape[0]], x[:SMALL_BATCH]
-    if not _uses_kernels(a[0]):
+    if not uses_kernels(a[0]):
         if beside:
             reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, 0, False)
         return
@@ -315,7 +276,7 @@ def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
         return
-    if _uses_kernels(weight):
+    if uses_kernels(weight):
         run_shrink(x, [weight], out.unsqueeze(0), scale, row_tiles(slot_indices))
     else:
         reference.bgmv_shrink(x, weight, out, slot_indices, scale)
@@ -333,7 +294,7 @@ def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, a
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
         return
-    if _uses_kernels(weight):
+    if uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
         run_expand(h, [weight], out, slice_offset, add_inputs, row_tiles(slot_indices))
     else:
@@ -355,7 +316,7 @@ def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches,
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
     if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
         return
-    if _uses_kernels(weight):
+    if uses_kernels(weight):
         run_shrink(x, [weight], out.unsqueeze(0), scale, segment_tiles(*segments))
     else:
         reference.sgmv_shrink(x, weight, out, *segments, scale)
@@ -387,7 +348,7 @@ def _sgmv_expand_slice(
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
     if x.shape[0] == 0 or batches == 0 or max_seq_length == 0:
         return
-    if _uses_kernels(weight):
+    if uses_kernels(weight):
         h = x.contiguous().unsqueeze(0)
         run_expand(h, [weight], out, slice_offset, add_inputs, segment_tiles(*segments))
     else:

@@ -25,11 +25,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ops_configs.store import SMALL_BATCH
+
 NO_ADAPTER = -1
 NO_TILE = -2
 TILE_ROWS = (16, 64)
-SMALL_BATCH = 512
-"""Batches of up to this many rows are cut into tiles of 16 rows, larger ones into tiles of 64."""
 
 
 def tile_rows_for(num_rows: int) -> int:

@@ -10,56 +10,15 @@ the batch in one way only: the size of the batch chooses the rows of a tile (`ti
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-from collections.abc import Callable
-
 import torch
 
 from ops_configs.moe import TILE_ROWS, moe_default, tile_rows
-from ops_patches import counters, debug
+from ops_patches.library import op_library, uses_kernels
 
 from . import checks, reference
 from .routing import RoutingPlan
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-_library = torch.library.Library("moe_ops", "DEF")
-
-
-def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _register(schema: str, fake: Callable[..., torch.Tensor]) -> Callable[[Callable], Callable]:
-    """Register a function as torch.ops.moe_ops.<name>; each call is counted as hit, or as error before it is raised."""
-    name = schema.split("(")[0]
-
-    def register(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def counted(*args):
-            try:
-                with _device_of(args[0]), debug.watch(name, args, "moe_ops"):
-                    result = function(*args)
-            except Exception as error:
-                counters.error(name, type(error))
-                raise
-            counters.hit(name)
-            return result
-
-        _library.define(f"{schema} -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
-        _library.impl(name, counted, "CPU")
-        _library.impl(name, counted, "CUDA")
-        torch.library.register_fake(f"moe_ops::{name}", fake, lib=_library)
-        return function
-
-    return register
-
-
-def _uses_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda or (INTERPRET and tensor.dtype != torch.bfloat16)
+_register = op_library("moe_ops")
 
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,6 +39,7 @@ def _fake_grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights)
 @_register(
     "grouped_gemm(Tensor x, Tensor w, Tensor[] plan, int top_k, int tile_rows, bool gather, Tensor? bias, "
     "Tensor? topk_weights)",
+    "Tensor",
     _fake_grouped_gemm,
 )
 def _grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights):
@@ -89,7 +49,7 @@ def _grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights):
     checks.grouped_gemm(x, w, plan.choices, experts, top_k, gather, bias, topk_weights)
     x = _rows_contiguous(x)
     checks.kernel_operands(op, x=x, w=w)
-    if not _uses_kernels(x):
+    if not uses_kernels(x):
         return reference.grouped_gemm(x, w, plan, gather, bias=bias, topk_weights=topk_weights)
     checks.tile_rows(op, tile_rows, TILE_ROWS)
     from .kernels import grouped_gemm as kernel
@@ -110,6 +70,7 @@ def _fake_fused_experts(hidden, *args):
     "fused_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation, "
     "bool gated, bool interleaved, float swiglu_alpha, float swiglu_limit, Tensor? bias13, Tensor? bias2, "
     "Tensor? expert_map, bool apply_router_weight_on_input, float routed_scaling)",
+    "Tensor",
     _fake_fused_experts,
 )
 def _fused_experts(
@@ -143,7 +104,7 @@ def _fused_experts(
         "swiglu_limit": swiglu_limit,
         "bias13": bias13,
     }
-    if not _uses_kernels(hidden):
+    if not uses_kernels(hidden):
         return reference.fused_experts(
             hidden,
             w13,

@@ -15,7 +15,7 @@ from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
 from .. import reference
 from ..launches import plan_tiles, run_linear
 from ..ops import lora_linear
-from ..plan import LoraPlan
+from ..plan import LoraPlan, plan_args
 from .layers import Layer
 
 PREFILL_TOKENS = 1024
@@ -52,9 +52,9 @@ def compile_pair(layer: Layer, rank: int, rows: int, pair: Pair, dtype: torch.dt
     y = torch.empty(1, sum(layer.widths), dtype=dtype, device=device)
     a = [torch.empty(1, rank, layer.k, dtype=dtype, device=device) for _ in layer.widths]
     b = [torch.empty(1, n, rank, dtype=dtype, device=device) for n in layer.widths]
-    layout = [plan.max_tokens, plan.max_slots, plan.extra_tokens]
+    arena, _, layout = plan_args(plan)
     with torch.cuda.device(device), pinned(rows, *pair):
-        run_linear(y, x, a, b, 1.0, 0, True, replace(plan_tiles(plan.arena, layout, rows), count=0))
+        run_linear(y, x, a, b, 1.0, 0, True, replace(plan_tiles(arena, layout, rows), count=0))
 
 
 class Clock:

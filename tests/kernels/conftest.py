@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 
-from lora_ops import ops
+from ops_patches import library
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     if torch.cuda.is_available():
         return "cuda"
-    if not ops.INTERPRET:
+    if not library.INTERPRET:
         pytest.skip(f"no GPU and TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')}: `make test` sets it to 1")
     return "cpu"
 

@@ -14,7 +14,7 @@ from moe_ops.kernels.grouped_gemm import grouped_gemm
 from moe_ops.kernels.routing import routing_plan
 from moe_ops.kernels.tiles import takes_tma
 from ops_configs.moe import TILE_ROWS, moe_default, shared_memory, tile_rows
-from ops_patches import counters
+from ops_patches import counters, library
 from tests import test_moe_routing
 
 from .cases import UNIT_ROUNDOFF, assert_close
@@ -277,7 +277,7 @@ def test_bf16_on_the_cpu_takes_the_reference():
 
 
 def test_without_the_interpreter_the_cpu_takes_the_reference(monkeypatch):
-    monkeypatch.setattr(ops, "INTERPRET", False)
+    monkeypatch.setattr(library, "INTERPRET", False)
     layer = make_layer(Case("", left_out=0.2), torch.float16, "cpu")
     assert torch.equal(moe_ops.fused_experts(**layer), reference.fused_experts(**layer))
     plan = moe_ops.routing_plan(layer["topk_ids"], 5, 7)
@@ -369,7 +369,7 @@ SUPPORTED = "supported is one of float16, bfloat16, float32 for all of them"
 @pytest.mark.parametrize("interpreter", [True, False])
 def test_bad_input_of_the_layer_is_named(change, error, message, interpreter, device, monkeypatch):
     """The same error with kernels and without; it is counted."""
-    monkeypatch.setattr(ops, "INTERPRET", interpreter)
+    monkeypatch.setattr(library, "INTERPRET", interpreter)
     layer = make_layer(Case(""), torch.float16, device)
     before = counters.snapshot()["error"].get("fused_experts", {}).get(error.__name__, 0)
     with pytest.raises(error, match=message):
