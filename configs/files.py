@@ -2,26 +2,29 @@
 
     <folder>/NVIDIA_H200/lora_shrink,k=4096,slices=3.json           one file for each shape of a kernel
     <folder>/NVIDIA_H200/lora_expand,widths=4096+1024+1024.json
+    <folder>/NVIDIA_H200/grouped_gemm_config_2048_bfloat16.json     MoE layers of a hidden size: see configs/moe.py
 
     {"gpu": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0", "kernels": "<hash>", "date": ..., "command": ...,
      "entries": {"<rank>": {"<row bucket>": {"config": {"block_n": 16, ...}, "us": 9.1, "default_us": 10.2}}}}
 
 "us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
 the day in its place; they are equal where that default was measured and stayed. A config of null asks for today's
-analytic default. fp16 and bf16 share the entries.
+analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of a layer in place of the rank.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-Entries = dict[tuple[int, int], Any]
-"""(rank, row bucket) -> config, or None where the default stays."""
+Key = tuple[Any, int]
+"""(rank, row bucket), or (name of a MoE layer, token bucket)."""
+Entries = dict[Key, Any]
+"""Key -> config, or None where the default stays."""
 
 METADATA = ("gpu", "triton", "torch", "kernels", "date", "command")
 MAX_SHARED_BYTES = 227 << 10
@@ -50,7 +53,7 @@ class ConfigFile:
 
     metadata: Mapping[str, str]
     entries: Entries
-    raw: Mapping[tuple[int, int], dict]
+    raw: Mapping[Key, dict]
     problems: tuple[str, ...]
 
 
@@ -60,16 +63,24 @@ def shared_bytes(config: Any) -> int:
     return 2 * config.num_stages * (first * second + 64 * (first + second))
 
 
-def parse_config(value: object, kind: type) -> Any:
-    """A `kind` dataclass from its JSON object.
+def parse_fields(value: object, kind: type) -> Any:
+    """A `kind` dataclass of integers and booleans from its JSON object; fields with a default may be left out.
 
     Raises:
         ValueError: unknown or missing fields, no positive integer, no power of two where one is needed, or too large.
     """
-    names = [field.name for field in fields(kind)]
-    if not isinstance(value, dict) or set(value) != set(names):
+    names = {field.name: field.default for field in fields(kind)}
+    needed = {name for name, default in names.items() if default is MISSING}
+    if not isinstance(value, dict) or not needed <= set(value) <= set(names):
         raise ValueError(f"config is {value!r}, expected exactly the fields {', '.join(names)}")
     for name, number in value.items():
+        default = names[name]
+        if type(number) is type(default) and number == default:
+            continue
+        if type(default) is bool:
+            if type(number) is not bool:
+                raise ValueError(f"{name} is {number!r}, expected true or false")
+            continue
         if type(number) is not int or not 1 <= number <= 1024:
             raise ValueError(f"{name} is {number!r}, expected an integer from 1 to 1024")
         if (name.startswith("block_") or name == "num_warps") and number & (number - 1):
@@ -78,61 +89,90 @@ def parse_config(value: object, kind: type) -> Any:
             raise ValueError(f"{name} is {number}, expected at least the 16 that a tensor core takes")
         if name in ("num_warps", "num_stages", "steps") and number > 32:
             raise ValueError(f"{name} is {number}, expected at most 32")
-    config = kind(**value)
-    if (needed := shared_bytes(config)) > MAX_SHARED_BYTES:
+    return kind(**value)
+
+
+def fits(needed: int) -> None:
+    """ValueError unless a block of some GPU has that many bytes of shared memory."""
+    if needed > MAX_SHARED_BYTES:
         raise ValueError(f"it needs up to {needed} bytes of shared memory, a block has {MAX_SHARED_BYTES} at most")
+
+
+def parse_config(value: object, kind: type) -> Any:
+    """A config of a LoRA kernel from its JSON object.
+
+    Raises:
+        ValueError: see `parse_fields`; or it needs more shared memory than any GPU has.
+    """
+    config = parse_fields(value, kind)
+    fits(shared_bytes(config))
     return config
 
 
 def read(path: Path, kind: type, buckets: Sequence[int]) -> ConfigFile:
-    """Read a file; whatever is wrong with it is a problem in the result, never an exception."""
+    """Read a file of a LoRA kernel; whatever is wrong with it is a problem in the result, never an exception."""
+
+    def parse(rank: str, entry: dict) -> tuple[int, Any]:
+        if not rank.isdecimal() or int(rank) < 1:
+            raise ValueError(f"rank {rank!r} is no positive integer")
+        if "config" not in entry:
+            raise ValueError('expected an object with "config"')
+        return int(rank), None if entry["config"] is None else parse_config(entry["config"], kind)
+
+    return read_entries(path, buckets, parse, "rank {}, rows {}")
+
+
+def read_entries(
+    path: Path, buckets: Sequence[int], parse: Callable[[str, dict], tuple[Any, Any]], where: str
+) -> ConfigFile:
+    """Read a file; whatever is wrong with it is a problem in the result, never an exception.
+
+    Args:
+        buckets: that an entry may be for.
+        parse: name of a group of entries, and an entry -> the group, and its config; ValueError for a bad one.
+        where: names an entry in a problem, by its group and bucket.
+    """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return ConfigFile({}, {}, {}, (f"{path}: {error}",))
     if not isinstance(content, dict) or not isinstance(content.get("entries"), dict):
         return ConfigFile({}, {}, {}, (f'{path}: expected an object with "entries"',))
     metadata = {name: str(content[name]) for name in METADATA if name in content}
     entries: Entries = {}
-    raw: dict[tuple[int, int], dict] = {}
+    raw: dict[Key, dict] = {}
     problems: list[str] = []
-    for rank, row in content["entries"].items():
+    for group, row in content["entries"].items():
         for bucket, entry in row.items() if isinstance(row, dict) else [("", row)]:
             try:
-                key = _key(rank, bucket, buckets)
-                if not isinstance(entry, dict) or "config" not in entry:
-                    raise ValueError('expected an object with "config"')
-                entries[key] = None if entry["config"] is None else parse_config(entry["config"], kind)
-                raw[key] = entry
+                if not bucket.isdecimal() or int(bucket) not in buckets:
+                    raise ValueError(f"{bucket!r} is no bucket, those are {', '.join(map(str, buckets))}")
+                if not isinstance(entry, dict):
+                    raise ValueError("expected an object")
+                parsed, config = parse(group, entry)
+                entries[parsed, int(bucket)] = config
+                raw[parsed, int(bucket)] = entry
             except ValueError as error:
-                problems.append(f"{path}: entry for rank {rank}, rows {bucket}: {error}")
+                problems.append(f"{path}: entry for {where.format(group, bucket)}: {error}")
     return ConfigFile(metadata, entries, raw, tuple(problems))
 
 
-def _key(rank: str, bucket: str, buckets: Sequence[int]) -> tuple[int, int]:
-    if not rank.isdecimal() or int(rank) < 1:
-        raise ValueError(f"rank {rank!r} is no positive integer")
-    if not bucket.isdecimal() or int(bucket) not in buckets:
-        raise ValueError(f"{bucket!r} is no row bucket, those are {', '.join(map(str, buckets))}")
-    return int(rank), int(bucket)
-
-
-def write(path: Path, metadata: Mapping[str, str], entries: Mapping[tuple[int, int], dict]) -> None:
+def write(path: Path, metadata: Mapping[str, str], entries: Mapping[Key, dict]) -> None:
     """Write a file, atomically.
 
     Args:
         metadata: every name of METADATA.
-        entries: (rank, row bucket) -> {"config": object or None, "us", "default_us", ...}.
+        entries: key -> entry as it is to stand in the file: {"config": object or None, "us", "default_us", ...}.
     """
     nested: dict[str, dict[str, dict]] = {}
-    for (rank, bucket), entry in sorted(entries.items()):
-        nested.setdefault(str(rank), {})[str(bucket)] = entry
+    for (group, bucket), entry in sorted(entries.items()):
+        nested.setdefault(str(group), {})[str(bucket)] = entry
     lines = [f"  {json.dumps(name)}: {json.dumps(metadata[name])}," for name in METADATA]
-    ranks = []
-    for rank, row in nested.items():
+    groups = []
+    for group, row in nested.items():
         cells = ",\n".join(f"      {json.dumps(bucket)}: {json.dumps(entry)}" for bucket, entry in row.items())
-        ranks.append(f"    {json.dumps(rank)}: {{\n{cells}\n    }}")
-    body = ",\n".join(ranks)
+        groups.append(f"    {json.dumps(group)}: {{\n{cells}\n    }}")
+    body = ",\n".join(groups)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text("{\n" + "\n".join(lines) + f'\n  "entries": {{\n{body}\n  }}\n}}\n')

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from . import files
 from .files import expand_file, shrink_file
-from .store import BUCKETS, SMALL_BATCH, cached, find, forgetting, padded, row_bucket
+from .store import BUCKETS, SMALL_BATCH, Kind, cached, find, forgetting, nearest, padded, row_bucket
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class ExpandConfig:
     num_warps: int
     num_stages: int
     steps: int
+
+
+SHRINK = Kind("lora_ops", "lora_shrink", lambda path: files.read(path, ShrinkConfig, BUCKETS))
+EXPAND = Kind("lora_ops", "lora_expand", lambda path: files.read(path, ExpandConfig, BUCKETS))
+KINDS = (SHRINK, EXPAND)
 
 
 def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfig:
@@ -101,6 +107,11 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
         _pinned = None
 
 
+def _find(kind: Kind, name: str, rank: int, bucket: int, dtype, device):
+    unfit = "" if dtype.itemsize == 2 else f"files are for fp16 and bf16, not {dtype}"
+    return find(kind, [name], rank, bucket, device, nearest, unfit)
+
+
 def shrink_config(k: int, slices: int, rank: int, num_rows: int, dtype, device) -> ShrinkConfig:
     """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], tuned or analytic.
 
@@ -115,7 +126,7 @@ def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -
     if _pinned and _pinned[0] == bucket:
         tuned = _pinned[1]
     else:
-        tuned = find(shrink_file(k, slices), ShrinkConfig, rank, bucket, dtype, device)
+        tuned = _find(SHRINK, shrink_file(k, slices), rank, bucket, dtype, device)
     return tuned or shrink_default(k, slices, rank, bucket)
 
 
@@ -133,7 +144,7 @@ def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, devic
     if _pinned and _pinned[0] == bucket:
         tuned = _pinned[2]
     else:
-        tuned = find(expand_file(widths), ExpandConfig, rank, bucket, dtype, device)
+        tuned = _find(EXPAND, expand_file(widths), rank, bucket, dtype, device)
     return _runnable(tuned, rank) if tuned else expand_default(widths, rank, bucket)
 
 

@@ -2,9 +2,10 @@
 
 folder of `use_configs` > LORA_OPS_CONFIG_DIR > files shipped for this GPU > analytic default
 
-Entry by entry: an exact entry (rank and row bucket) of any folder goes before a near one. Near is another rank of the
-same padded size (the next larger first), then the nearest row bucket that runs tiles of the same size. Files are for
-fp16 and bf16; fp32 runs the defaults. A config never changes a result, so a bad or missing file costs speed alone.
+Entry by entry: an exact entry (rank or MoE layer, and bucket) of any folder goes before a near one. For LoRA, near is
+another rank of the same padded size (the next larger first), then the nearest row bucket that runs tiles of the same
+size; configs/moe.py says what it is for MoE layers. LoRA's files are for fp16 and bf16; fp32 runs the defaults. A bad
+or missing file costs speed alone.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ import hashlib
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import files
-
-logger = logging.getLogger("lora_ops")
 
 CONFIG_DIR = "LORA_OPS_CONFIG_DIR"
 SHIPPED = Path(__file__).resolve().parent
@@ -32,10 +31,14 @@ SMALL_BATCH = 512
 BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
+def bucket_of(size: int, buckets: Sequence[int]) -> int:
+    """The next larger bucket, the last one at most."""
+    return buckets[min(bisect_left(buckets, size), len(buckets) - 1)]
+
+
 def row_bucket(num_rows: int) -> int:
-    """The number of rows whose config a batch of num_rows rows runs: the next larger bucket, the last one at most."""
-    index = bisect_left(BUCKETS, num_rows)
-    return BUCKETS[index] if index < len(BUCKETS) else BUCKETS[-1]
+    """The number of rows whose config a batch of num_rows rows runs."""
+    return bucket_of(num_rows, BUCKETS)
 
 
 def padded(size: int) -> int:
@@ -44,8 +47,17 @@ def padded(size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of files. package: of the kernels; prefix: how a name begins; read: reads a file of this kind."""
+
+    package: str
+    prefix: str
+    read: Callable[[Path], files.ConfigFile]
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Where the config of a (file, rank, row bucket) comes from: source is the folder's origin, or "default"."""
+    """Where the config of a (file, group, bucket) comes from: source is the folder's origin, or "default"."""
 
     source: str
     reason: str
@@ -53,11 +65,11 @@ class Choice:
 
 
 _explicit: Path | None = None
-_kernels: Path | None = None
+_kernels: dict[str, Path] = {}
 _caches: list[Callable[[], None]] = []
-_choices: dict[tuple[str, int, int], Choice] = {}
+_choices: dict[tuple[str, Any, int], Choice] = {}
 _problems: dict[str, None] = {}
-_warned = False
+_warned: set[str] = set()
 
 
 def cached(function: Callable) -> Callable:
@@ -69,34 +81,32 @@ def cached(function: Callable) -> Callable:
 
 def forget() -> None:
     """Look everything up again."""
-    global _warned
     for clear in _caches:
         clear()
     _choices.clear()
     _problems.clear()
-    _warned = False
+    _warned.clear()
 
 
 def use_configs(folder: str | os.PathLike | None) -> None:
     """Look for tuned files in `folder` first, in this process, for layers seen from now on; None: no longer.
 
-    `folder` holds one folder for each GPU, as `python -m lora_ops.tune --out` writes it. Layers that ran before are
-    compiled anew when they run again, so call it before a server starts.
+    `folder` holds one folder for each GPU, as `python -m lora_ops.tune --out` and `python -m moe_ops.tune --out` write
+    it. Layers that ran before are compiled anew when they run again, so call it before a server starts.
 
     Raises:
         ValueError: no such folder.
     """
     global _explicit
     if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"use_configs: {os.fspath(folder)!r} is no folder: give what lora_ops.tune --out wrote")
+        raise ValueError(f"use_configs: {os.fspath(folder)!r} is no folder: give what a tuner's --out wrote")
     _explicit = None if folder is None else Path(folder).resolve()
     forget()
 
 
-def register_kernels(folder: Path) -> None:
-    """Name the folder of the kernels' sources, whose hash stands in the files."""
-    global _kernels
-    _kernels = folder
+def register_kernels(package: str, folder: Path) -> None:
+    """Name the folder of a package's kernels, whose hash stands in the files."""
+    _kernels[package] = folder
 
 
 @functools.cache
@@ -107,9 +117,9 @@ def _sources_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def kernels_hash() -> str:
-    """Hash of the registered kernels' sources; empty before `register_kernels`."""
-    return _sources_hash(_kernels) if _kernels else ""
+def kernels_hash(package: str) -> str:
+    """Hash of the sources of a package's kernels; empty before `register_kernels`."""
+    return _sources_hash(_kernels[package]) if package in _kernels else ""
 
 
 def user_folder() -> Path | None:
@@ -123,7 +133,7 @@ def user_folder() -> Path | None:
         return None
     if not Path(value).is_dir():
         raise ValueError(
-            f"{CONFIG_DIR}={value!r} is no folder: set it to the one that lora_ops.tune --out wrote, or unset it"
+            f"{CONFIG_DIR}={value!r} is no folder: set it to the one that a tuner's --out wrote, or unset it"
         )
     return Path(value).resolve()
 
@@ -147,57 +157,73 @@ def _gpu(device: Any) -> str:
 
 
 @cached
-def _read(path: Path, kind: type) -> files.ConfigFile:
-    found = files.read(path, kind, BUCKETS)
+def _read(path: Path, kind: Kind) -> files.ConfigFile:
+    found = kind.read(path)
     for problem in found.problems:
         if problem not in _problems:
             _problems[problem] = None
-            logger.warning("lora_ops: %s: it is left out, which costs speed alone", problem)
+            logger = logging.getLogger(kind.package)
+            logger.warning("%s: %s: it is left out, which costs speed alone", kind.package, problem)
     return found
 
 
-def find(name: str, kind: type, rank: int, bucket: int, dtype: Any, device: Any) -> Any:
+def find(
+    kind: Kind,
+    names: Sequence[str],
+    group: Any,
+    bucket: int,
+    device: Any,
+    near: Callable[[files.Entries, Any, int], files.Key | None],
+    unfit: str = "",
+) -> Any:
     """The tuned config of a shape's file, or None where the analytic default is to be used; remembers the choice.
 
     Args:
-        name: of the file, see `files.shrink_file`.
-        kind: dataclass of the config.
-        rank, bucket: what is asked for.
-        dtype, device: torch.dtype of the weights and torch.device of the launch.
+        kind, names: of the files that may hold it, the first one before the others.
+        group, bucket: of the entry: see `files.Key`.
+        device: torch.device of the launch.
+        near: which of a file's entries stands in for the one that is missing, if any.
+        unfit: why no file can be for this call.
 
     Raises:
         ValueError: LORA_OPS_CONFIG_DIR is no folder.
     """
     asked = folders()
+    key = names[0], group, bucket
     if (gpu := _gpu(device)) == "":
-        return _choose(name, rank, bucket, Choice("default", "no GPU"))
-    if dtype.itemsize != 2:
-        return _choose(name, rank, bucket, Choice("default", f"files are for fp16 and bf16, not {dtype}"))
+        return _choose(key, Choice("default", "no GPU"))
+    if unfit:
+        return _choose(key, Choice("default", unfit))
     found = []
     for source, folder in asked:
-        path = folder / files.gpu_folder(gpu) / name
-        if path.exists():
-            found.append((source, path, _read(path, kind)))
+        for name in names:
+            path = folder / files.gpu_folder(gpu) / name
+            if path.exists():
+                found.append((source, path, _read(path, kind)))
     for exact in (True, False):
         for source, path, file in found:
-            key = (rank, bucket) if exact else nearest(file.entries, rank, bucket)
-            if key in file.entries:
-                _warn_of_mismatch(file.metadata, gpu, path)
-                reason = "measured for it" if exact else f"measured for rank {key[0]}, {key[1]} rows"
-                if file.entries[key] is None:
-                    return _choose(name, rank, bucket, Choice("default", f"{reason}: nothing faster", str(path)))
-                return _choose(name, rank, bucket, Choice(source, reason, str(path)), file.entries[key])
+            entry = (group, bucket) if exact else near(file.entries, group, bucket)
+            if entry in file.entries:
+                _warn_of_mismatch(kind.package, file.metadata, gpu, path)
+                reason = "measured for it" if exact else f"measured for {_where(*entry)}"
+                if file.entries[entry] is None:
+                    return _choose(key, Choice("default", f"{reason}: nothing faster", str(path)))
+                return _choose(key, Choice(source, reason, str(path)), file.entries[entry])
     where = "no file" if not found else "no fitting entry in the file"
-    return _choose(name, rank, bucket, Choice("default", f"{where} for {files.gpu_folder(gpu)}"))
+    return _choose(key, Choice("default", f"{where} for {files.gpu_folder(gpu)}"))
 
 
-def _choose(name: str, rank: int, bucket: int, choice: Choice, config: Any = None) -> Any:
-    _choices[name, rank, bucket] = choice
+def _where(group: Any, bucket: int) -> str:
+    return f"rank {group}, {bucket} rows" if isinstance(group, int) else f"{group}, {bucket} tokens"
+
+
+def _choose(key: tuple[str, Any, int], choice: Choice, config: Any = None) -> Any:
+    _choices[key] = choice
     return config
 
 
 def nearest(entries: files.Entries, rank: int, bucket: int) -> tuple[int, int] | None:
-    """The entry that stands in for (rank, bucket): see the module's docstring. None where there is none."""
+    """LoRA's entry that stands in for (rank, bucket): see the module's docstring. None where there is none."""
     fitting = [
         (other_rank, rows)
         for other_rank, rows in entries
@@ -212,9 +238,8 @@ def nearest(entries: files.Entries, rank: int, bucket: int) -> tuple[int, int] |
     return min(fitting, key=distance, default=None)
 
 
-def _warn_of_mismatch(metadata: dict[str, str], gpu: str, path: Path) -> None:
-    global _warned
-    if _warned:
+def _warn_of_mismatch(package: str, metadata: Mapping[str, str], gpu: str, path: Path) -> None:
+    if package in _warned:
         return
     import torch
     import triton
@@ -223,30 +248,34 @@ def _warn_of_mismatch(metadata: dict[str, str], gpu: str, path: Path) -> None:
         "gpu": files.gpu_folder(gpu),
         "triton": triton.__version__,
         "torch": torch.__version__.partition("+")[0],
-        "kernels": kernels_hash(),
+        "kernels": kernels_hash(package),
     }
     there = {name: metadata.get(name, "unknown").partition("+")[0] for name in here}
     there["gpu"] = files.gpu_folder(there["gpu"])
     differs = [f"{name} {there[name]}, here {here[name]}" for name in here if here[name] and there[name] != here[name]]
     if differs:
-        _warned = True
-        command = metadata.get("command", "python -m lora_ops.tune --help")
-        logger.warning(
-            "lora_ops: %s was tuned with %s. Results are the same, the speed may be less. "
+        _warned.add(package)
+        command = metadata.get("command", f"python -m {package}.tune --help")
+        logging.getLogger(package).warning(
+            "%s: %s was tuned with %s. Results are right, the speed may be less. "
             "To tune again: %s --out FOLDER, and set %s=FOLDER",
-            *(path, "; ".join(differs), command, CONFIG_DIR),
+            *(package, path, "; ".join(differs), command, CONFIG_DIR),
         )
 
 
 def choices() -> list[dict]:
-    """Which file each layer shape seen in this process got its config from, and why, as plain data."""
-    rows: dict[tuple, list[int]] = {}
-    for (name, rank, bucket), choice in sorted(_choices.items()):
-        rows.setdefault((name, rank, choice), []).append(bucket)
-    return [
-        {"shape": name.removesuffix(".json"), "rank": rank, "rows": buckets, **vars(choice)}
-        for (name, rank, choice), buckets in rows.items()
-    ]
+    """Which file each layer shape seen in this process got its config from, and why, as plain data.
+
+    rank: of a LoRA layer; rows: row buckets, or token buckets of a MoE layer, whose name is part of the shape.
+    """
+    found: dict[tuple, list[int]] = {}
+    for (name, group, bucket), choice in sorted(_choices.items(), key=lambda item: tuple(map(str, item[0][:2]))):
+        found.setdefault((name.removesuffix(".json"), group, choice), []).append(bucket)
+    rows = []
+    for (shape, group, choice), buckets in found.items():
+        shape, rank = (shape, group) if isinstance(group, int) else (f"{shape}, {group}", "")
+        rows.append({"shape": shape, "rank": rank, "rows": sorted(buckets), **vars(choice)})
+    return rows
 
 
 def problems() -> list[str]:
@@ -254,12 +283,12 @@ def problems() -> list[str]:
     return list(_problems)
 
 
-def available(gpu: str, kinds: dict[str, type]) -> list[dict]:
+def available(gpu: str, kinds: Sequence[Kind]) -> list[dict]:
     """The files that fit a GPU, in the order in which they are asked, as plain data.
 
     Args:
         gpu: name of the device.
-        kinds: beginning of a file's name -> dataclass of its configs.
+        kinds: of files.
 
     Raises:
         ValueError: LORA_OPS_CONFIG_DIR is no folder.
@@ -267,10 +296,10 @@ def available(gpu: str, kinds: dict[str, type]) -> list[dict]:
     rows = []
     for source, folder in folders():
         for path in sorted((folder / files.gpu_folder(gpu)).glob("*.json")):
-            kind = next((kind for start, kind in kinds.items() if path.name.startswith(start)), None)
+            kind = next((kind for kind in kinds if path.name.startswith(kind.prefix)), None)
             if kind:
-                file = files.read(path, kind, BUCKETS)
-                ranks = sorted({rank for rank, _ in file.entries})
+                file = kind.read(path)
+                ranks = sorted({rank for rank, _ in file.entries if isinstance(rank, int)})
                 row = {"source": source, "path": str(path), "ranks": ranks, "entries": len(file.entries)}
                 rows.append(row | {"metadata": dict(file.metadata), "problems": list(file.problems)})
     return rows

@@ -16,18 +16,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ops_configs import store
-from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_configs import lora, moe, store
 from ops_patches import debug, state
 from ops_patches.engine import UNPATCHED, PatchSet
+from ops_patches.sglang_moe import SGLANG_MOE
 from ops_patches.vllm_lora import VLLM_LORA
+from ops_patches.vllm_moe import VLLM_MOE
 
-DISTRIBUTIONS = ("serving-ops", "torch", "triton", *VLLM_LORA.hosts, "sglang", "transformers", "peft")
-PREFIX = "LORA_OPS_"
+PATCHES = (VLLM_LORA, VLLM_MOE, SGLANG_MOE)
+DISTRIBUTIONS = ("serving-ops", "torch", "triton", *VLLM_LORA.hosts, *SGLANG_MOE.hosts, "transformers", "peft")
+PREFIXES = ("LORA_OPS_", "MOE_OPS_")
 VARIABLES = {
-    VLLM_LORA.env: "1: patch vLLM, also in the processes it starts; 0 or unset: do not",
+    VLLM_LORA.env: "1: patch vLLM's LoRA layers, also in the processes it starts; 0 or unset: do not",
+    VLLM_MOE.env: "1: patch vLLM's MoE layers, also in the processes it starts; 0 or unset: do not",
+    SGLANG_MOE.env: "1: patch SGLang's MoE layers, also in the processes it starts; 0 or unset: do not",
     state.STATUS_DIR: "folder of the status files of patched processes",
     VLLM_LORA.allowlist: "vLLM's list of plugins to load; unset: all of them",
+    SGLANG_MOE.allowlist: "SGLang's list of plugins to load; unset: all of them",
     store.CONFIG_DIR: "folder of tuned launch parameters, asked before the shipped ones",
     debug.VARIABLE: "1: wait for each kernel, so that an error names the one that failed; slow",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, slowly, and not on the GPU",
@@ -61,27 +66,26 @@ def gpus() -> list[dict[str, str]]:
 
 def environment() -> list[dict[str, str | None]]:
     """Each environment variable that matters: name, value, meaning and what is wrong with it."""
-    found = [
-        {"name": name, "value": os.environ.get(name), "meaning": meaning, "problem": None}
+    found = {
+        name: {"name": name, "value": os.environ.get(name), "meaning": meaning, "problem": None}
         for name, meaning in VARIABLES.items()
-    ]
+    }
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in VARIABLES:
-            known = ", ".join(variable for variable in VARIABLES if variable.startswith(PREFIX))
+        if name.startswith(PREFIXES) and name not in VARIABLES:
+            known = ", ".join(variable for variable in VARIABLES if variable.startswith(PREFIXES))
             problem = f"{name} is not known: there are {known}"
-            found.append({"name": name, "value": os.environ[name], "meaning": "", "problem": problem})
-    try:
-        VLLM_LORA.requested()
-    except ValueError as exc:
-        found[0]["problem"] = str(exc)
-    try:
-        store.user_folder()
-    except ValueError as exc:
-        next(variable for variable in found if variable["name"] == store.CONFIG_DIR)["problem"] = str(exc)
+            found[name] = {"name": name, "value": os.environ[name], "meaning": "", "problem": problem}
+    checks = {patches.env: patches.requested for patches in PATCHES} | {store.CONFIG_DIR: store.user_folder}
+    for variable, check in checks.items():
+        try:
+            check()
+        except ValueError as exc:
+            found[variable]["problem"] = str(exc)
     folder = state.directory()
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        found[1]["problem"] = f"{folder} cannot be written: set {state.STATUS_DIR} to a folder of yours"
-    return found
+        problem = f"{folder} cannot be written: set {state.STATUS_DIR} to a folder of yours"
+        found[state.STATUS_DIR]["problem"] = problem
+    return list(found.values())
 
 
 def fit(patches: PatchSet) -> dict:
@@ -113,7 +117,7 @@ def process_problems(processes: list[dict], name: str) -> list[str]:
 
 def config_files(gpu_names: list[str]) -> list[dict]:
     """The files of tuned launch parameters that fit these GPUs, in the order in which they are asked."""
-    kinds = {"lora_shrink": ShrinkConfig, "lora_expand": ExpandConfig}
+    kinds = (*lora.KINDS, *moe.KINDS)
     try:
         return [file for gpu in dict.fromkeys(gpu_names) for file in store.available(gpu, kinds)]
     except ValueError:  # the variable's own problem
@@ -127,7 +131,7 @@ def examine() -> dict:
         "installed": installed(),
         "gpus": found_gpus,
         "environment": environment(),
-        "fit": {VLLM_LORA.name: fit(VLLM_LORA)},
+        "fit": {patches.key: fit(patches) for patches in PATCHES},
         "configs": config_files([gpu["name"] for gpu in found_gpus]),
         "status_folder": str(state.directory()),
         "processes": state.processes(),
@@ -138,7 +142,7 @@ def examine() -> dict:
         problems += [f"{name}'s worker processes would stay unpatched: {r}" for r in found["unreached_children"]]
         problems += process_problems(report["processes"], name)
     problems += [f"{problem}: it is left out" for file in report["configs"] for problem in file["problems"]]
-    return report | {"problems": problems}
+    return report | {"problems": list(dict.fromkeys(problems))}
 
 
 def show(report: dict, console: Console) -> None:
@@ -156,7 +160,7 @@ def show(report: dict, console: Console) -> None:
         table.add_row(variable["name"], f"[red]{value}" if variable["problem"] else value, variable["meaning"])
     console.print(table)
 
-    table = Table("host", "patch fits", "worker processes follow", title="Patch", title_justify="left")
+    table = Table("patch", "fits", "worker processes follow", title="Patch", title_justify="left")
     for name, found in report["fit"].items():
         if found["installed"]:
             table.add_row(name, _yes(not found["misfits"]), _yes(not found["unreached_children"]))
@@ -166,7 +170,7 @@ def show(report: dict, console: Console) -> None:
 
     show_configs(report, console)
 
-    columns = ("pid", "host", "patched", "fired", "hit", "fallback", "error")
+    columns = ("pid", "patch", "host", "patched", "fired", "hit", "fallback", "error")
     table = Table(*columns, title=f"Processes (status files in {report['status_folder']})", title_justify="left")
     for process in report["processes"]:
         for name in report["fit"]:
@@ -184,12 +188,10 @@ def show(report: dict, console: Console) -> None:
 
 def show_configs(report: dict, console: Console) -> None:
     """Which launch parameters processes run with, and why; where none has run yet, the files that would be asked."""
-    used = [
-        (process["pid"], choice)
-        for process in report["processes"]
-        for name in report["fit"]
-        for choice in process.get(name, {}).get("configs", [])
-    ]
+    used = []
+    for process in report["processes"]:
+        statuses = [process[name] for name in report["fit"] if name in process]  # all have the choices of the process
+        used += [(process["pid"], choice) for choice in (statuses[-1].get("configs", []) if statuses else [])]
     if used:
         title = "Launch parameters in use"
         table = Table("pid", "shape", "rank", "rows", "from", "why", title=title, title_justify="left")
@@ -217,7 +219,7 @@ def _process_row(pid: int, name: str, status: dict) -> list[str]:
     host = f"{status['host'] or name} {status['version'] or ''}"
     hits = [f"{op} {count}" for op, count in counts["hit"].items()]
     cells = (escape("\n".join(lines)) for lines in (fired, hits, fallbacks, errors))
-    return [str(pid), host, _yes(status["patched"]), *cells]
+    return [str(pid), name, host, _yes(status["patched"]), *cells]
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ from ops_patches.library import INTERPRET
 from .config import PLANES_BATCH, chunk_k
 from .plan import plan_layout, tile_count_bound, tile_rows_for
 
-register_kernels(Path(__file__).parent / "kernels")
+register_kernels("lora_ops", Path(__file__).parent / "kernels")
 
 
 @functools.cache

@@ -14,32 +14,30 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import math
-import multiprocessing
 import os
-import queue
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ops_configs import files, store
+from ops_configs import files, store, tuning
 from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_configs.tuning import SOFTWARE, gpu_indices, metadata
 
 from .config import MAX_RANK
 from .tuning import decide
 from .tuning.candidates import COUNT
 from .tuning.layers import MODELS, Layer, model_layers, parse_shape
-from .tuning.worker import Settings, Unit, case_of, compile_jobs, work
+from .tuning.worker import STEPS, Settings, Unit, case_of, compile_jobs
 
 RANKS = (8, 16, 32, 64, 128)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -125,44 +123,8 @@ def tune_command(layers: Iterable[Layer], args: argparse.Namespace) -> str:
     return shlex.join([*words, "--max-loras", str(args.max_loras), "--dtype", args.dtype])
 
 
-def gpu_indices(text: str, count: int) -> list[int]:
-    """Indices from "all" or "0,1".
-
-    Raises:
-        ValueError: no GPU, or one that is not there.
-    """
-    if count == 0:
-        raise ValueError("no CUDA GPU is here: tuning needs one; --dry-run prints the plan without")
-    if text == "all":
-        return list(range(count))
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) < count for part in parts):
-        raise ValueError(f"--gpu {text!r}: give all, or some of {', '.join(map(str, range(count)))}")
-    return sorted({int(part) for part in parts})
-
-
-class Journal:
-    """Records of a run, in a file that a later run goes on from; records of other software or settings are ignored."""
-
-    def __init__(self, path: Path, settings: dict, resume: bool) -> None:
-        self.path, self.settings = path, settings
-        self.records: list[dict] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # the run was killed while it wrote
-                    continue
-                if record.pop("settings", None) == settings:
-                    self.records.append(record)
-
-    def add(self, record: dict) -> None:
-        self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"settings": self.settings, **record}) + "\n")
+class Journal(tuning.Journal):
+    """A journal of sweeps and second measurements."""
 
     def swept(self) -> dict[decide.Case, decide.Swept]:
         return {
@@ -197,47 +159,7 @@ def units_of(cases: Iterable[decide.Case], tuned: dict[decide.Key, decide.Config
     return units
 
 
-def run_units(units: list[Unit], gpus: list[int], settings: Settings, journal: Journal, console: Console, title: str):
-    """Measure units, one process a GPU; each record goes to the journal as it comes.
-
-    Raises:
-        RuntimeError: a process failed; what was measured until then is in the journal.
-    """
-    context = multiprocessing.get_context("spawn")
-    results, stop = context.Queue(), context.Event()
-    shares = [units[i :: len(gpus)] for i in range(len(gpus))]
-    started = [
-        context.Process(target=work, args=(gpu, share, settings, results, stop))
-        for gpu, share in zip(gpus, shares, strict=True)
-        if share
-    ]
-    errors: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(title, total=sum(len(unit.tokens) for unit in units))
-        for process in started:
-            process.start()
-        running = len(started)
-        while running:
-            try:
-                kind, payload = results.get(timeout=5)
-            except queue.Empty:
-                if all(process.exitcode is not None for process in started):
-                    errors.append("a GPU's process was killed: is its memory used by others?")
-                    break
-                continue
-            if kind == "record":
-                journal.add(payload)
-                progress.advance(task)
-            elif kind == "error":
-                errors.append(payload)
-                stop.set()
-            else:
-                running -= 1
-    for process in started:
-        process.join()
-    if errors:
-        raise RuntimeError(errors[0])
+run_units = partial(tuning.run_units, STEPS)
 
 
 def dry_run(args: argparse.Namespace, console: Console) -> None:
@@ -269,20 +191,6 @@ def all_cases(args: argparse.Namespace) -> list[decide.Case]:
     return [decide.Case(layer, rank, n) for rank in args.ranks for layer in args.layers for n in args.tokens]
 
 
-def metadata(gpu: str) -> dict[str, str]:
-    """What stands in every file, but for the command."""
-    import torch
-    import triton
-
-    return {
-        "gpu": gpu,
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "kernels": store.kernels_hash(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def write_files(folder: Path, found: dict[str, dict], meta: dict[str, str], args: argparse.Namespace) -> list[Path]:
     """Write entries; entries of other ranks or rows that stand in a file from the same software stay."""
     paths = []
@@ -290,7 +198,7 @@ def write_files(folder: Path, found: dict[str, dict], meta: dict[str, str], args
         path = folder / name
         kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
         old = files.read(path, kind, store.BUCKETS) if path.exists() else None
-        same = old and all(old.metadata.get(key) == meta[key] for key in ("gpu", "triton", "torch", "kernels"))
+        same = old and all(old.metadata.get(key) == meta[key] for key in SOFTWARE)
         command = tune_command(sorted({parse_shape(entry["layer"]) for entry in new.values()}), args)
         files.write(path, meta | {"command": command}, {**(old.raw if same else {}), **new})
         paths.append(path)
@@ -336,17 +244,16 @@ def report(
 
 def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     """Sweep, measure again, write; returns the exit code."""
-    import torch
-
     started = time.monotonic()
     limit = args.time_limit * 60
-    name = torch.cuda.get_device_name(gpus[0])
-    if others := {torch.cuda.get_device_name(gpu) for gpu in gpus} - {name}:
-        console.print(f"[red]the GPUs differ: {name}, {', '.join(others)}: tune one kind at a time, with --gpu")
+    try:
+        name = tuning.gpu_name(gpus)
+    except ValueError as error:
+        console.print(f"[red]{error}")
         return 1
     folder = args.out / files.gpu_folder(name)
-    meta = metadata(name)
-    same = {key: meta[key] for key in ("gpu", "triton", "torch", "kernels")}
+    meta = metadata(name, "lora_ops")
+    same = {key: meta[key] for key in SOFTWARE}
     journal = Journal(folder / "tune.jsonl", {**same, "max_loras": args.max_loras, "dtype": args.dtype}, args.resume)
 
     def settings(share: float) -> Settings:
@@ -387,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"[red]{error}")
         return 2
-    store.register_kernels(KERNELS)
+    store.register_kernels("lora_ops", KERNELS)
     code = 0 if args.only_vllm else tune(args, gpus, console)
     if args.write_vllm:
         layers = [(layer.k, layer.widths) for layer in args.layers]

@@ -28,7 +28,7 @@ def gpu(monkeypatch, tmp_path):
     """A process on an H200, for which nothing is shipped, with no folder set."""
     monkeypatch.delenv(store.CONFIG_DIR, raising=False)
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", None)
+    monkeypatch.setattr(store, "_kernels", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     store.use_configs(None)
     yield
@@ -204,7 +204,7 @@ def test_a_broken_file_is_a_miss(monkeypatch, tmp_path, warnings, text):
     use(monkeypatch, tmp_path)
     assert shrink() == default()
     assert store.problems()
-    (file,) = [f for f in store.available(GPU, {"lora_shrink": ShrinkConfig}) if str(tmp_path) in f["path"]]
+    (file,) = [f for f in store.available(GPU, lora.KINDS) if str(tmp_path) in f["path"]]
     assert file["problems"]
     assert file["entries"] == 0
 
@@ -219,8 +219,8 @@ def test_every_invalid_key_is_named(tmp_path):
 
 @pytest.mark.parametrize("change", [{"triton": "0.1"}, {"torch": "0.1"}, {"gpu": "NVIDIA A10"}, {"kernels": "abc"}])
 def test_a_mismatch_is_one_warning_with_the_command(monkeypatch, tmp_path, warnings, change):
-    monkeypatch.setattr(store, "_kernels", tmp_path)
-    matching = {"kernels": store.kernels_hash()} | change
+    monkeypatch.setattr(store, "_kernels", {"lora_ops": tmp_path})
+    matching = {"kernels": store.kernels_hash("lora_ops")} | change
     write(tmp_path, **matching)
     write(tmp_path, EXPAND, name=files.expand_file(WIDTHS), **matching)
     use(monkeypatch, tmp_path)
@@ -233,8 +233,8 @@ def test_a_mismatch_is_one_warning_with_the_command(monkeypatch, tmp_path, warni
 
 def test_a_file_of_this_software_warns_of_nothing(monkeypatch, tmp_path, warnings):
     (tmp_path / "kernel.py").write_text("x")
-    monkeypatch.setattr(store, "_kernels", tmp_path)
-    write(tmp_path, kernels=store.kernels_hash(), torch=torch.__version__.partition("+")[0] + "+cu129")
+    monkeypatch.setattr(store, "_kernels", {"lora_ops": tmp_path})
+    write(tmp_path, kernels=store.kernels_hash("lora_ops"), torch=torch.__version__.partition("+")[0] + "+cu129")
     use(monkeypatch, tmp_path)
     assert shrink() == SHRINK
     assert not warnings.records
@@ -317,7 +317,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_every_shipped_file_is_valid_and_complete(monkeypatch):
     monkeypatch.undo()
     kinds = {"lora_shrink": ShrinkConfig, "lora_expand": ExpandConfig}
-    for path in store.SHIPPED.glob("*/*.json"):
+    for path in store.SHIPPED.glob("*/lora_*.json"):
         kind = next(kind for start, kind in kinds.items() if path.name.startswith(start))
         file = files.read(path, kind, store.BUCKETS)
         assert file.problems == ()

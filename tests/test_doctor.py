@@ -18,7 +18,7 @@ TARGET, SELDOM = "vllm.platforms:current_platform.get", "vllm.config:Config.comp
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     """No variable of ours but the status folder, vLLM 1.5 installed, and a patch that fits."""
-    for name in [name for name in os.environ if name.startswith("LORA_OPS_") or name in doctor.VARIABLES]:
+    for name in [name for name in os.environ if name.startswith(doctor.PREFIXES) or name in doctor.VARIABLES]:
         monkeypatch.delenv(name)
     monkeypatch.setenv(state.STATUS_DIR, str(tmp_path))
     versions = {"torch": "2.9.0", "vllm": "1.5"}
@@ -29,9 +29,10 @@ def clean(monkeypatch, tmp_path):
         return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    point = types.SimpleNamespace(name="lora_ops")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
-    monkeypatch.setattr(vllm_lora.VLLM_LORA, "verify", lambda: [])
+    points = [types.SimpleNamespace(name=name) for name in ("lora_ops", "moe_ops")]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    for patches in doctor.PATCHES:
+        monkeypatch.setattr(patches, "verify", lambda: [])
     return versions
 
 
@@ -139,9 +140,33 @@ def test_what_a_host_prints_on_import_does_not_spoil_the_json(examine, monkeypat
 
 def test_an_allowlist_without_us_is_a_problem(examine, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    (problem,) = examine()[1]["problems"]
-    assert "worker processes would stay unpatched" in problem
-    assert "VLLM_PLUGINS=another leaves lora_ops out" in problem
+    problems = examine()[1]["problems"]
+    assert len(problems) == 2
+    for problem, name in zip(problems, ("lora_ops", "moe_ops"), strict=True):
+        assert "worker processes would stay unpatched" in problem
+        assert f"VLLM_PLUGINS=another leaves {name} out" in problem
+
+
+def test_moe_patches_of_both_hosts_are_examined(clean, examine, monkeypatch):
+    clean["sglang"] = "0.5.17"
+    process(1)
+    file = state.directory() / "1.json"
+    written = json.loads(file.read_text())
+    written["vllm_moe"] = written["vllm"] | {"targets": {"a.moe:Experts.apply": 7}}
+    written["sglang_moe"] = written["vllm"] | {
+        "host": "sglang",
+        "targets": {"b.moe:fused": 0},
+        "never_fired": ["b.moe:fused"],
+    }
+    file.write_text(json.dumps(written))
+    monkeypatch.setenv("MOE_OPS_SGLANG", "true")
+    code, report, shown = examine()
+    assert list(report["fit"]) == ["vllm", "vllm_moe", "sglang_moe"]
+    assert all(fit["installed"] for fit in report["fit"].values())
+    assert code == 1
+    assert report["problems"][0].startswith("MOE_OPS_SGLANG='true' is not allowed")
+    assert report["problems"][1] == "b.moe:fused is patched but has fired in no process"
+    assert "apply 7" in shown
 
 
 def test_processes_are_shown_with_their_counts(examine):

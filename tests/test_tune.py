@@ -34,7 +34,7 @@ def gpu(monkeypatch, tmp_path):
     """A machine with one H200, no folder set, nothing shipped."""
     monkeypatch.delenv(store.CONFIG_DIR, raising=False)
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", None)
+    monkeypatch.setattr(store, "_kernels", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("COLUMNS", "200")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ops_configs.clock import GRAPH_US, LOSER, Clock, too_large
 from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
 
 from .. import reference
@@ -22,11 +23,7 @@ PREFILL_TOKENS = 1024
 """From this many tokens up a batch is made of PREFILL_SEQUENCES sequences, below it each token is a request."""
 PREFILL_SEQUENCES = 8
 COLD_BYTES = 96 << 20
-FLUSH_BYTES = 256 << 20
-GRAPH_US = 300.0
 MAX_CALLS = 32
-LOSER = 1.3
-"""A candidate this many times slower than the best so far is dropped after one replay."""
 
 Pair = tuple[ShrinkConfig | None, ExpandConfig | None]
 """Configs of shrink and expand; None is the analytic default."""
@@ -55,51 +52,6 @@ def compile_pair(layer: Layer, rank: int, rows: int, pair: Pair, dtype: torch.dt
     arena, _, layout = plan_args(plan)
     with torch.cuda.device(device), pinned(rows, *pair):
         run_linear(y, x, a, b, 1.0, 0, True, replace(plan_tiles(arena, layout, rows), count=0))
-
-
-class Clock:
-    """Times calls in CUDA graphs on a GPU, with a cache that holds nothing of use."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self.flush = torch.zeros(FLUSH_BYTES, dtype=torch.int8, device=device)
-        self.anchor = self._graph(lambda: self.flush[:1].zero_())  # keeps the pool while other graphs come and go
-
-    def _graph(self, calls: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """torch.cuda.graph would also empty the allocator's cache, which takes longer than the measurement."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                calls()
-            finally:
-                graph.capture_end()
-        torch.cuda.synchronize()
-        return graph
-
-    def capture(self, run: Callable[[int], object], calls: int) -> Callable[[], float]:
-        """A graph of run(0), ..., run(calls - 1); each replay starts with a flushed cache and returns us a call.
-
-        run(0) is called before, to compile, which a capture must not.
-        """
-        with torch.cuda.device(self.device):
-            run(0)
-            graph = self._graph(lambda: [run(i) for i in range(calls)])
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-        def replay() -> float:
-            with torch.cuda.device(self.device):
-                self.flush.zero_()
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-            return start.elapsed_time(end) * 1e3 / calls
-
-        replay()
-        return replay
 
 
 class Bench:
@@ -223,12 +175,3 @@ def sweep(
         if batch.error(pair) <= tolerance:
             return pair, times
     raise RuntimeError(f"no config of {batch.bench.layer}, rank {batch.bench.rank} agrees with the fp32 reference")
-
-
-def too_large(error: BaseException) -> bool:
-    """Whether a launch failed because a config does not fit the GPU, which is a miss and no fault."""
-    while error is not None:
-        if type(error).__name__ in ("OutOfResources", "PTXASError"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

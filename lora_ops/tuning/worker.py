@@ -1,18 +1,15 @@
-"""One process a GPU: compiles in a pool of further processes while it measures what is ready."""
+"""What a process of a GPU does with its layers: compile jobs, sweeps and second measurements."""
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import time
-import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 
 from ops_configs.files import MAX_SHARED_BYTES
 from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_configs.tuning import Steps
 
 from .candidates import batch_class, expand_candidates, shrink_candidates
 from .decide import Case
@@ -47,18 +44,15 @@ class Unit:
     tokens: tuple[int, ...]
     tuned: tuple[Pair, ...] | None = None
 
+    @property
+    def cases(self) -> int:
+        return len(self.tokens)
+
     def pairs(self, tokens: int) -> list[Pair]:
         """The pairs of a verification: first the defaults, then each half tuned alone, then both."""
         shrink, expand = self.tuned[self.tokens.index(tokens)]
         halves = itertools.product({None: 0, shrink: 0}, {None: 0, expand: 0})
         return sorted(halves, key=lambda pair: sum(config is not None for config in pair))
-
-
-def most_shared(device: int) -> int:
-    """Shared memory that a program of a GPU can have, bytes."""
-    import torch
-
-    return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, MAX_SHARED_BYTES)
 
 
 def candidates(unit: Unit, tokens: int, shared: int) -> tuple[list[ShrinkConfig], list[ExpandConfig]]:
@@ -80,8 +74,12 @@ def compile_jobs(unit: Unit, shared: int = MAX_SHARED_BYTES) -> Iterator[tuple[i
             yield rows, pairs[first : first + CHUNK]
 
 
-def _compile(layer: Layer, rank: int, rows: int, pairs: list[Pair], dtype: str, device: int) -> None:
-    """In a process of the pool. What does not compile fails again, with its error, where it is measured."""
+def _jobs(unit: Unit, settings: Settings, shared: int) -> Iterator[tuple]:
+    for rows, pairs in [] if unit.tuned else compile_jobs(unit, shared):
+        yield unit.layer, unit.rank, rows, tuple(pairs)
+
+
+def _compile(settings: Settings, device: int, layer: Layer, rank: int, rows: int, pairs: tuple[Pair, ...]) -> None:
     import contextlib
 
     import torch
@@ -90,54 +88,7 @@ def _compile(layer: Layer, rank: int, rows: int, pairs: list[Pair], dtype: str, 
 
     for pair in pairs:
         with contextlib.suppress(Exception):
-            compile_pair(layer, rank, rows, pair, getattr(torch, dtype), torch.device("cuda", device))
-
-
-def _wait(futures: list[Future]) -> None:
-    for future in futures:
-        try:
-            future.result()
-        except BrokenProcessPool:  # a process died, of memory mostly: this one compiles for itself
-            return
-
-
-def work(device: int, units: list[Unit], settings: Settings, results, stop) -> None:
-    """Body of a GPU's process.
-
-    Args:
-        results: queue that gets ("record", dict) for each case, ("error", text) at most once, and ("done", device).
-        stop: event after which no further case is begun.
-    """
-    try:
-        _work(device, units, settings, results, stop)
-    except BaseException:
-        results.put(("error", traceback.format_exc()))
-    results.put(("done", device))
-
-
-def _work(device: int, units: list[Unit], settings: Settings, results, stop) -> None:
-    import torch
-
-    torch.cuda.set_device(device)
-    shared = most_shared(device)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.compile_processes, mp_context=context) as pool:
-        futures = []
-        for unit in units:
-            jobs = [] if unit.tuned else compile_jobs(unit, shared)
-            common = (settings.dtype, device)
-            futures.append([pool.submit(_compile, unit.layer, unit.rank, *job, *common) for job in jobs])
-        try:
-            for unit, compiled in zip(units, futures, strict=True):
-                if time.monotonic() > settings.deadline:
-                    break
-                _wait(compiled)
-                for record in measure_unit(unit, settings, torch.device("cuda", device), shared):
-                    results.put(("record", record))
-                    if stop.is_set():
-                        return
-        finally:
-            pool.shutdown(cancel_futures=True)
+            compile_pair(layer, rank, rows, pair, getattr(torch, settings.dtype), torch.device("cuda", device))
 
 
 def measure_unit(unit: Unit, settings: Settings, device, shared: int) -> Iterator[dict]:
@@ -188,6 +139,9 @@ def verify(unit: Unit, tokens: int, batch) -> dict:
             for pair, us, error in zip(pairs, times, errors, strict=True)
         ],
     }
+
+
+STEPS = Steps(_jobs, _compile, measure_unit)
 
 
 def _identity(stage: str, unit: Unit, tokens: int) -> dict:

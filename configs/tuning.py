@@ -1,0 +1,214 @@
+"""What the tuners share: GPUs, a journal to go on from, and processes that compile and measure.
+
+units -> one process a GPU, which compiles in a pool of further processes while it measures what is ready -> records
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import queue
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import store
+from .files import MAX_SHARED_BYTES
+
+SOFTWARE = ("gpu", "triton", "torch", "kernels")
+"""Metadata by which results of one run fit those of another."""
+
+
+def gpu_indices(text: str, count: int) -> list[int]:
+    """Indices from "all" or "0,1".
+
+    Raises:
+        ValueError: no GPU, or one that is not there.
+    """
+    if count == 0:
+        raise ValueError("no CUDA GPU is here: tuning needs one; --dry-run prints the plan without")
+    if text == "all":
+        return list(range(count))
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < count for part in parts):
+        raise ValueError(f"--gpu {text!r}: give all, or some of {', '.join(map(str, range(count)))}")
+    return sorted({int(part) for part in parts})
+
+
+def gpu_name(gpus: list[int]) -> str:
+    """The one name of these GPUs.
+
+    Raises:
+        ValueError: they differ.
+    """
+    import torch
+
+    names = sorted({torch.cuda.get_device_name(gpu) for gpu in gpus})
+    if len(names) > 1:
+        raise ValueError(f"the GPUs differ: {', '.join(names)}: tune one kind at a time, with --gpu")
+    return names[0]
+
+
+def metadata(gpu: str, package: str) -> dict[str, str]:
+    """What stands in every file that a package's tuner writes, but for the command."""
+    import torch
+    import triton
+
+    return {
+        "gpu": gpu,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "kernels": store.kernels_hash(package),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+class Journal:
+    """Records of a run, in a file that a later run goes on from; records of other software or settings are ignored."""
+
+    def __init__(self, path: Path, settings: dict, resume: bool) -> None:
+        self.path, self.settings = path, settings
+        self.records: list[dict] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the run was killed while it wrote
+                    continue
+                if record.pop("settings", None) == settings:
+                    self.records.append(record)
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"settings": self.settings, **record}) + "\n")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a tuner does with its units; functions of a module, for they run in other processes.
+
+    jobs: (unit, settings, shared memory of a block in bytes) -> hashable arguments of `compile`, for each job.
+    compile: (settings, index of the GPU, *job). What does not compile fails again, with its error, in `measure`.
+    measure: (unit, settings, torch.device, shared memory of a block) -> records, one for each of unit.cases.
+
+    Settings have compile_processes, and deadline on the clock of time.monotonic, which is that of the whole machine.
+    """
+
+    jobs: Callable[[Any, Any, int], Iterable[tuple]]
+    compile: Callable[..., None]
+    measure: Callable[..., Iterator[dict]]
+
+
+def most_shared(device: int) -> int:
+    """Shared memory that a program of a GPU can have, bytes."""
+    import torch
+
+    return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, MAX_SHARED_BYTES)
+
+
+def _wait(futures: list[Future]) -> None:
+    for future in futures:
+        try:
+            future.result()
+        except BrokenProcessPool:  # a process died, of memory mostly: this one compiles for itself
+            return
+
+
+def work(steps: Steps, device: int, units: list, settings: Any, results, stop) -> None:
+    """Body of a GPU's process.
+
+    Args:
+        results: queue that gets ("record", dict) for each case, ("error", text) at most once, and ("done", device).
+        stop: event after which no further case is begun.
+    """
+    try:
+        _work(steps, device, units, settings, results, stop)
+    except BaseException:
+        results.put(("error", traceback.format_exc()))
+    results.put(("done", device))
+
+
+def _work(steps: Steps, device: int, units: list, settings: Any, results, stop) -> None:
+    import torch
+
+    torch.cuda.set_device(device)
+    shared = most_shared(device)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.compile_processes, mp_context=context) as pool:
+        submitted: dict[tuple, Future] = {}
+        futures = []
+        for unit in units:
+            jobs = list(steps.jobs(unit, settings, shared))
+            for job in jobs:
+                if job not in submitted:
+                    submitted[job] = pool.submit(steps.compile, settings, device, *job)
+            futures.append([submitted[job] for job in jobs])
+        try:
+            for unit, compiled in zip(units, futures, strict=True):
+                if time.monotonic() > settings.deadline:
+                    break
+                _wait(compiled)
+                for record in steps.measure(unit, settings, torch.device("cuda", device), shared):
+                    results.put(("record", record))
+                    if stop.is_set():
+                        return
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_units(
+    steps: Steps, units: list, gpus: list[int], settings: Any, journal: Journal, console: Console, title: str
+) -> None:
+    """Measure units, one process a GPU; each record goes to the journal as it comes.
+
+    Raises:
+        RuntimeError: a process failed; what was measured until then is in the journal.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, stop = context.Queue(), context.Event()
+    shares = [units[i :: len(gpus)] for i in range(len(gpus))]
+    started = [
+        context.Process(target=work, args=(steps, gpu, share, settings, results, stop))
+        for gpu, share in zip(gpus, shares, strict=True)
+        if share
+    ]
+    errors: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(title, total=sum(unit.cases for unit in units))
+        for process in started:
+            process.start()
+        running = len(started)
+        while running:
+            try:
+                kind, payload = results.get(timeout=5)
+            except queue.Empty:
+                if all(process.exitcode is not None for process in started):
+                    errors.append("a GPU's process was killed: is its memory used by others?")
+                    break
+                continue
+            if kind == "record":
+                journal.add(payload)
+                progress.advance(task)
+            elif kind == "error":
+                errors.append(payload)
+                stop.set()
+            else:
+                running -= 1
+    for process in started:
+        process.join()
+    if errors:
+        raise RuntimeError(errors[0])
