@@ -4,7 +4,8 @@
     plan = moe_ops.routing_plan(topk_ids, num_experts, tile_rows=64)
     h = moe_ops.grouped_gemm(hidden, w, plan, gather=True)
 
-fp16, bf16 and fp32. `moe_ops.reference` has the same functions in fp32 torch. Nothing here patches a serving engine.
+fp16, bf16 and fp32, and weights in fp8 or int8. `moe_ops.reference` has the same functions in fp32 torch. They go
+into serving engines by `moe_ops.patch_vllm()` and `moe_ops.patch_sglang()`.
 The names below are imported on first use, so that `import moe_ops` stays light.
 """
 
@@ -12,7 +13,11 @@ from importlib import import_module
 
 _HOME = {
     **dict.fromkeys(("RoutingPlan", "routing_plan"), "moe_ops.routing"),
-    **dict.fromkeys(("fused_experts", "grouped_gemm"), "moe_ops.ops"),
+    **dict.fromkeys(("fused_experts", "grouped_gemm", "quantize", "warmup_layer"), "moe_ops.ops"),
+    **dict.fromkeys(("patch_sglang", "unpatch_sglang"), "ops_patches.sglang_moe"),
+    **dict.fromkeys(("patch_vllm", "unpatch_vllm"), "ops_patches.vllm_moe"),
+    "status": "ops_patches.moe_common",
+    "use_configs": "ops_configs.store",
 }
 _SUBMODULES = ("ops", "reference", "routing")
 

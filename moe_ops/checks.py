@@ -7,6 +7,10 @@ import torch
 ID_DTYPES = (torch.int32, torch.int64)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
+QUANTS = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8, "int8_w8a16": torch.int8}
+"""Quantisations, and the dtype of their weights; that of the activations too, but for int8_w8a16."""
+K_GRANULE = 32
+"""Columns that a tensor core takes of 8-bit operands: what a group of columns under one scale must be a multiple of."""
 
 
 def shape(op: str, name: str, tensor: torch.Tensor, dims: str, expected: tuple[int | None, ...]) -> None:
@@ -22,6 +26,11 @@ def floating(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> 
     """TypeError unless the dtype is a floating one, ValueError unless the tensor is on `device`."""
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} is {tensor.dtype}, expected a floating dtype")
+    same_device(op, name, tensor, device)
+
+
+def same_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """ValueError unless the tensor is on `device`."""
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors are on {device}: move one of them")
 
@@ -66,8 +75,8 @@ def activation(name: str, gated: bool, interleaved: bool) -> None:
 def grouped_gemm(x, w, choices, num_experts, top_k, gather, bias, topk_weights) -> None:
     """Checks the tensors of `reference.grouped_gemm` against the plan."""
     num_rows = choices.shape[0]
-    floating("grouped_gemm", "x", x, choices.device)
-    floating("grouped_gemm", "w", w, choices.device)
+    for name, tensor in (("x", x), ("w", w)):
+        (same_device if tensor.dtype in QUANTS.values() else floating)("grouped_gemm", name, tensor, choices.device)
     dims, size = ("tokens, K", num_rows // top_k) if gather else ("rows, K", num_rows)
     shape("grouped_gemm", "x", x, dims, (size, None))
     shape("grouped_gemm", "w", w, "experts, N, K", (num_experts, None, x.shape[1]))
@@ -85,10 +94,12 @@ def fused_experts(
 ) -> None:
     """Checks the tensors of `reference.fused_experts`."""
     op = "fused_experts"
-    tensors = {"hidden": hidden, "w13": w13, "w2": w2, "topk_weights": topk_weights, "bias13": bias13, "bias2": bias2}
+    tensors = {"hidden": hidden, "topk_weights": topk_weights, "bias13": bias13, "bias2": bias2}
     for name, tensor in tensors.items():
         if tensor is not None:
             floating(op, name, tensor, topk_ids.device)
+    for name, tensor in (("w13", w13), ("w2", w2)):
+        (same_device if tensor.dtype in QUANTS.values() else floating)(op, name, tensor, topk_ids.device)
     shape(op, "hidden", hidden, "tokens, H", (None, None))
     shape(op, "w2", w2, "experts, H, I", (None, hidden.shape[1], None))
     num_experts, width, inner = w2.shape
@@ -108,10 +119,133 @@ def fused_experts(
         )
 
 
-def kernel_operands(op: str, **tensors: torch.Tensor) -> None:
-    """TypeError unless all share a dtype that the kernels take, ValueError unless their rows are contiguous."""
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not dtypes.issubset(KERNEL_DTYPES):
+def quantize(x, quant, scale, per_token, group) -> None:
+    """Checks the arguments of `reference.quantize`."""
+    op = "quantize"
+    if quant not in QUANTS or quant == "int8_w8a16":
+        raise ValueError(f"{op}: quant is {quant!r}, expected fp8_w8a8 or int8_w8a8")
+    floating(op, "x", x, x.device)
+    shape(op, "x", x, "rows, K", (None, None))
+    if sum((scale is not None, per_token, group is not None)) > 1:
+        raise ValueError(f"{op}: give at most one of scale, per_token and group")
+    if group is not None and group < 1:
+        raise ValueError(f"{op}: group is {group}, expected at least 1 column")
+    if scale is not None:
+        _scale(op, "scale", scale, x.device, ((), (1,), (x.shape[0], 1)), "one element, or [rows, 1]")
+
+
+def fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape) -> None:
+    """Checks the quantisation of `reference.fused_experts`."""
+    op = "fused_experts"
+    activation_scales = {"a1_scale": a1_scale, "a2_scale": a2_scale}
+    if quant is None:
+        given = {"w13_scale": w13_scale, "w2_scale": w2_scale} | activation_scales | {"block_shape": block_shape}
+        unused = [name for name, value in given.items() if value is not None] + ["per_token"] * per_token
+        for name, w in (("w13", w13), ("w2", w2)):
+            if w.dtype in QUANTS.values():
+                fitting = " or ".join(quant for quant, dtype in QUANTS.items() if dtype == w.dtype)
+                raise TypeError(f"{op}: {name} is {w.dtype}: give quant = {fitting}, and the scales")
+        if unused:
+            raise ValueError(f"{op}: {', '.join(unused)} without quant: give quant = one of {', '.join(QUANTS)}")
+        return
+    if quant not in QUANTS:
+        raise ValueError(f"{op}: quant is {quant!r}, expected None or one of {', '.join(QUANTS)}")
+    for name, w, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
+        if w.dtype != QUANTS[quant]:
+            raise TypeError(f"{op}: {name} is {w.dtype}, but weights of {quant} are {QUANTS[quant]}")
+        weight_scale(op, f"{name}_scale", scale, w, block_shape)
+    if per_token or a1_scale is not None or a2_scale is not None:
+        leave_out = "leave out a1_scale, a2_scale and per_token"
+        if quant == "int8_w8a16":
+            raise ValueError(f"{op}: int8_w8a16 leaves activations as they are: {leave_out}")
+        if block_shape is not None:
+            columns = f"{block_shape[1]} columns of a row"
+            raise ValueError(f"{op}: with block_shape activations get a scale for each {columns}: {leave_out}")
+    experts = w2.shape[0]
+    for name, scale in activation_scales.items():
+        if scale is not None:
+            _scale(op, name, scale, w2.device, ((), (1,), (experts,)), f"one element, or [experts] = [{experts}]")
+
+
+def grouped_gemm_scales(x, w, x_scale, w_scale, block_shape, out_dtype) -> None:
+    """Checks the quantisation of `reference.grouped_gemm`."""
+    op = "grouped_gemm"
+    quantised = tuple(QUANTS.values())
+    if w.dtype in quantised:
+        weight_scale(op, "w_scale", w_scale, w, block_shape)
+    elif w_scale is not None or block_shape is not None:
+        raise ValueError(f"{op}: w_scale and block_shape belong to quantised weights, but w is {w.dtype}")
+    if x.dtype not in quantised:
+        if x_scale is not None:
+            raise ValueError(f"{op}: x_scale belongs to quantised x, but x is {x.dtype}")
+        if w.dtype == torch.float8_e4m3fn:
+            raise TypeError(f"{op}: w is {w.dtype}, x is {x.dtype}: quantise x, moe_ops.quantize does")
+    else:
+        if x.dtype != w.dtype:
+            raise TypeError(f"{op}: x is {x.dtype}, w is {w.dtype}: quantised x needs weights of its dtype")
+        rows, experts = x.shape[0], w.shape[0]
+        if block_shape is None:
+            expected, text = ((), (1,), (experts,), (rows, 1)), f"one element, [experts] = [{experts}] or [{rows}, 1]"
+        else:
+            groups = -(-x.shape[1] // block_shape[1])
+            expected, text = ((rows, groups),), f"[rows, ceil(K / {block_shape[1]})] = [{rows}, {groups}]"
+        _scale(op, "x_scale", x_scale, x.device, expected, text)
+        if out_dtype is None:
+            raise ValueError(f"{op}: x is {x.dtype}: give out_dtype, such as torch.bfloat16")
+    if out_dtype is not None and out_dtype not in KERNEL_DTYPES:
+        raise TypeError(f"{op}: out_dtype is {out_dtype}, expected one of {', '.join(map(_dtype, KERNEL_DTYPES))}")
+
+
+def weight_scale(op: str, name: str, scale: torch.Tensor | None, w: torch.Tensor, block_shape) -> None:
+    """Checks the scale of quantised weights [E, N, K], see `reference.dequantize`."""
+    experts, n, k = w.shape
+    if block_shape is None:
+        expected = ((experts,), (experts, 1), (experts, 1, 1), (experts, n), (experts, n, 1))
+        text = f"[{experts}] or [{experts}, 1] (per tensor), [{experts}, {n}] or [{experts}, {n}, 1] (per channel)"
+    else:
+        if len(block_shape) != 2 or block_shape[0] < 1 or block_shape[1] < K_GRANULE or block_shape[1] % K_GRANULE:
+            raise ValueError(
+                f"{op}: block_shape is {list(block_shape)}, expected (bn, bk) with bn at least 1 and bk a multiple of "
+                f"{K_GRANULE}"
+            )
+        blocks = (experts, -(-n // block_shape[0]), -(-k // block_shape[1]))
+        expected, text = (blocks,), f"{list(blocks)}, one for each block of {block_shape[0]} x {block_shape[1]}"
+    _scale(op, name, scale, w.device, expected, text)
+
+
+def _scale(op, name, scale, device, expected: tuple[tuple[int, ...], ...], text: str) -> None:
+    """ValueError unless the scale is there, on `device` and of an expected shape, TypeError unless it is fp32."""
+    if scale is None:
+        raise ValueError(f"{op}: {name} is missing, expected {text}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{op}: {name} is {scale.dtype}, expected float32: convert it once, when weights are loaded")
+    if tuple(scale.shape) not in expected:
+        raise ValueError(f"{op}: {name} has shape {list(scale.shape)}, expected {text}")
+    same_device(op, name, scale, device)
+
+
+def out(op: str, out: torch.Tensor | None, hidden: torch.Tensor) -> None:
+    """ValueError unless `out` can take the result of `hidden`, TypeError for another dtype."""
+    if out is None:
+        return
+    if out.dtype != hidden.dtype:
+        raise TypeError(f"{op}: out is {out.dtype}, hidden is {hidden.dtype}: they must be the same")
+    shape(op, "out", out, "tokens, H", tuple(hidden.shape))
+    same_device(op, "out", out, hidden.device)
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out has strides {out.stride()}, it must be contiguous")
+
+
+def kernel_operands(op: str, activations: str, **tensors: torch.Tensor) -> None:
+    """TypeError unless all have dtypes that the kernels take together, ValueError unless their rows are contiguous.
+
+    The tensor named `activations` is fp16, bf16 or fp32; the others have its dtype, or are quantised.
+    """
+    dtype = tensors[activations].dtype
+    quantised = tuple(QUANTS.values())
+    if (dtype not in KERNEL_DTYPES and dtype not in quantised) or any(
+        tensor.dtype != dtype and tensor.dtype not in quantised for tensor in tensors.values()
+    ):
         found = ", ".join(f"{name} {_dtype(tensor.dtype)}" for name, tensor in tensors.items())
         supported = ", ".join(map(_dtype, KERNEL_DTYPES))
         raise TypeError(f"{op}: dtypes are {found}; supported is one of {supported} for all of them: convert them")
@@ -127,6 +261,13 @@ def tile_rows(op: str, rows: int, known: tuple[int, ...]) -> None:
     """ValueError unless the kernels take tiles of that many rows."""
     if rows not in known:
         raise ValueError(f"{op}: the plan has tiles of {rows} rows, the kernels take {', '.join(map(str, known))}")
+
+
+def fp8_device(op: str, device: torch.device) -> None:
+    """ValueError on a GPU whose tensor cores have no fp8."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        version = ".".join(map(str, capability))
+        raise ValueError(f"{op}: fp8 needs compute capability 8.9 or newer, {device} has {version}: use int8 weights")
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -3,16 +3,17 @@
 With TRITON_INTERPRET=1 in the environment, CPU tensors run the kernels too, in Triton's interpreter; but not bf16,
 which it would multiply as bit patterns.
 
-The matrices (hidden or x, and the weights) share one of fp16, bf16 and fp32; biases and routed weights may have any
-floating dtype. Every op is deterministic: no atomics, and each sum has one order. A token's bits depend on the rest of
-the batch in one way only: the size of the batch chooses the rows of a tile (`tile_rows` in configs/moe.py).
+The matrices (hidden or x, and the weights) share one of fp16, bf16 and fp32, or the weights are quantised; biases and
+routed weights may have any floating dtype. Every op is deterministic: no atomics, and each sum has one order. A token's
+bits depend on the rest of the batch in one way only: the size of the batch chooses the launch parameters (see
+configs/moe.py). One quantisation adds another: a dynamic scale of the whole tensor.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ops_configs.moe import TILE_ROWS, moe_default, tile_rows
+from ops_configs.moe import TILE_ROWS, moe_default
 from ops_patches.library import op_library, uses_kernels
 
 from . import checks, reference
@@ -25,55 +26,141 @@ def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-PLAN_ARRAYS = ("choices", "rows", "counts", "starts", "tile_experts", "tile_starts", "tile_sizes")
+PLAN_ARRAYS = ("choices", "rows", "counts", "starts", "tile_experts", "tile_starts", "tile_sizes", "tile_count")
 
 
 def _plan_args(plan: RoutingPlan) -> tuple[list[torch.Tensor], int, int]:
     return [getattr(plan, name) for name in PLAN_ARRAYS], plan.top_k, plan.tile_rows
 
 
-def _fake_grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights):
-    return x.new_empty(plan[0].shape[0], w.shape[1])
+def _fake_quantize(x, quant, scale, per_token, group):
+    shape = (1,)
+    if scale is not None:
+        shape = scale.shape
+    elif per_token:
+        shape = (x.shape[0], 1)
+    elif group is not None:
+        shape = (x.shape[0], -(-x.shape[1] // group))
+    return x.new_empty(x.shape, dtype=reference.QUANTS[quant]), x.new_empty(shape, dtype=torch.float32)
+
+
+@_register(
+    "quantize(Tensor x, str quant, Tensor? scale, bool per_token, int? group)", "(Tensor, Tensor)", _fake_quantize
+)
+def _quantize(x, quant, scale, per_token, group):
+    checks.quantize(x, quant, scale, per_token, group)
+    x = _rows_contiguous(x)
+    checks.kernel_operands("quantize", "x", x=x)
+    if quant == "fp8_w8a8":
+        checks.fp8_device("quantize", x.device)
+    if not uses_kernels(x) or x.numel() == 0 or (scale is not None and scale.numel() > 1):
+        q, found = reference.quantize(x, quant, scale, per_token, group)
+    else:
+        from .kernels.quantize import quantize as kernel
+
+        q, found = kernel(x, quant, scale, per_token, group)
+    return q, found if scale is None else found.clone()  # an op returns nothing that it was given
+
+
+def _fake_grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights, x_scale, w_scale, block_shape, dtype):
+    return x.new_empty(plan[0].shape[0], w.shape[1], dtype=dtype or x.dtype)
 
 
 @_register(
     "grouped_gemm(Tensor x, Tensor w, Tensor[] plan, int top_k, int tile_rows, bool gather, Tensor? bias, "
-    "Tensor? topk_weights)",
+    "Tensor? topk_weights, Tensor? x_scale, Tensor? w_scale, int[]? block_shape, ScalarType? out_dtype)",
     "Tensor",
     _fake_grouped_gemm,
 )
-def _grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights):
+def _grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights, x_scale, w_scale, block_shape, out_dtype):
     op = "grouped_gemm"
     plan = RoutingPlan(*plan, top_k=top_k, tile_rows=tile_rows)
     experts, choices = plan.counts.shape[0], plan.choices.shape[0]
     checks.grouped_gemm(x, w, plan.choices, experts, top_k, gather, bias, topk_weights)
+    checks.grouped_gemm_scales(x, w, x_scale, w_scale, block_shape, out_dtype)
     x = _rows_contiguous(x)
-    checks.kernel_operands(op, x=x, w=w)
+    checks.kernel_operands(op, "x", x=x, w=w)
+    if x.dtype == torch.float8_e4m3fn:
+        checks.fp8_device(op, x.device)
+    scales = {"x_scale": x_scale, "w_scale": w_scale, "block_shape": block_shape}
     if not uses_kernels(x):
-        return reference.grouped_gemm(x, w, plan, gather, bias=bias, topk_weights=topk_weights)
+        options = {"bias": bias, "topk_weights": topk_weights, "out_dtype": out_dtype}
+        return reference.grouped_gemm(x, w, plan, gather, **options, **scales)
     checks.tile_rows(op, tile_rows, TILE_ROWS)
     from .kernels import grouped_gemm as kernel
 
-    out = x.new_zeros(choices, w.shape[1])  # rows without expert: no program writes them
+    out = x.new_zeros(choices, w.shape[1], dtype=out_dtype)  # rows without expert: no program writes them
     if out.numel() > 0:
         config = moe_default(tile_rows, choices // top_k, experts, top_k, *w.shape[1:], itemsize=x.dtype.itemsize)
         weights = None if topk_weights is None else topk_weights.reshape(-1)
-        kernel.grouped_gemm(x, w, out, plan, config, gather=gather, bias=bias, weights=weights)
+        kernel.grouped_gemm(x, w, out, plan, config, gather=gather, bias=bias, weights=weights, **scales)
     return out
+
+
+LAYER = (
+    "Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation, bool gated, "
+    "bool interleaved, float swiglu_alpha, float swiglu_limit, Tensor? bias13, Tensor? bias2, Tensor? expert_map, "
+    "bool apply_router_weight_on_input, float routed_scaling, str? quant, Tensor? w13_scale, Tensor? w2_scale, "
+    "Tensor? a1_scale, Tensor? a2_scale, bool per_token, int[]? block_shape"
+)
 
 
 def _fake_fused_experts(hidden, *args):
     return hidden.new_empty(hidden.shape)
 
 
-@_register(
-    "fused_experts(Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation, "
-    "bool gated, bool interleaved, float swiglu_alpha, float swiglu_limit, Tensor? bias13, Tensor? bias2, "
-    "Tensor? expert_map, bool apply_router_weight_on_input, float routed_scaling)",
-    "Tensor",
-    _fake_fused_experts,
-)
-def _fused_experts(
+@_register(f"fused_experts({LAYER})", "Tensor", _fake_fused_experts)
+def _fused_experts(hidden, *args):
+    out = hidden.new_empty(hidden.shape)
+    _layer(out, hidden, *args)
+    return out
+
+
+@_register(f"fused_experts_out(Tensor(a!) out, {LAYER})")
+def _fused_experts_out(out, hidden, *args):
+    checks.out("fused_experts", out, hidden)
+    _layer(out, hidden, *args)
+
+
+def _check_layer(
+    hidden,
+    w13,
+    w2,
+    topk_weights,
+    topk_ids,
+    *,
+    activation,
+    gated,
+    interleaved,
+    bias13,
+    bias2,
+    expert_map,
+    apply_router_weight_on_input,
+    quant,
+    w13_scale,
+    w2_scale,
+    a1_scale,
+    a2_scale,
+    per_token,
+    block_shape,
+    **_,
+) -> torch.Tensor:
+    """Check a layer's arguments; hidden as the kernels take it."""
+    op = "fused_experts"
+    checks.fused_experts(
+        hidden, w13, w2, topk_weights, topk_ids, gated, bias13, bias2, expert_map, apply_router_weight_on_input
+    )
+    checks.fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape)
+    checks.activation(activation, gated, interleaved)
+    hidden = _rows_contiguous(hidden)
+    checks.kernel_operands(op, "hidden", hidden=hidden, w13=w13, w2=w2)
+    if quant == "fp8_w8a8":
+        checks.fp8_device(op, hidden.device)
+    return hidden
+
+
+def _layer(
+    out,
     hidden,
     w13,
     w2,
@@ -89,57 +176,52 @@ def _fused_experts(
     expert_map,
     apply_router_weight_on_input,
     routed_scaling,
+    quant,
+    w13_scale,
+    w2_scale,
+    a1_scale,
+    a2_scale,
+    per_token,
+    block_shape,
 ):
-    checks.fused_experts(
-        hidden, w13, w2, topk_weights, topk_ids, gated, bias13, bias2, expert_map, apply_router_weight_on_input
-    )
-    checks.activation(activation, gated, interleaved)
-    hidden = _rows_contiguous(hidden)
-    checks.kernel_operands("fused_experts", hidden=hidden, w13=w13, w2=w2)
-    act = {
+    """Write the layer to out, which may be hidden: nothing reads hidden once out is written."""
+    options = {
         "activation": activation,
         "gated": gated,
         "interleaved": interleaved,
         "swiglu_alpha": swiglu_alpha,
         "swiglu_limit": swiglu_limit,
         "bias13": bias13,
+        "bias2": bias2,
+        "expert_map": expert_map,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+        "routed_scaling": routed_scaling,
+        "quant": quant,
+        "w13_scale": w13_scale,
+        "w2_scale": w2_scale,
+        "a1_scale": a1_scale,
+        "a2_scale": a2_scale,
+        "per_token": per_token,
+        "block_shape": block_shape,
     }
+    hidden = _check_layer(hidden, w13, w2, topk_weights, topk_ids, **options)
     if not uses_kernels(hidden):
-        return reference.fused_experts(
-            hidden,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            **act,
-            bias2=bias2,
-            expert_map=expert_map,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-            routed_scaling=routed_scaling,
-        )
-    from .kernels.combine import combine
-    from .kernels.gate_up import gate_up
-    from .kernels.grouped_gemm import grouped_gemm
-    from .kernels.routing import routing_plan
+        reference.fused_experts(hidden, w13, w2, topk_weights, topk_ids, **options, out=out)
+        return
+    from .launches import run_layer
 
-    out = hidden.new_empty(hidden.shape)
-    if out.numel() == 0:
-        return out
-    experts, width, inner = w2.shape
-    tokens, top_k = topk_ids.shape
-    size = hidden.dtype.itemsize
-    batch = (tile_rows(tokens, experts, top_k, size), tokens, experts, top_k)
-    plan = routing_plan(topk_ids, experts, batch[0], expert_map)
-    weights = topk_weights.reshape(-1)
-    on_input, on_output = (weights, None) if apply_router_weight_on_input else (None, weights)
-    h = hidden.new_empty(tokens * top_k, inner)
-    config = moe_default(*batch, inner, width, products=2 if gated else 1, itemsize=size)
-    gate_up(hidden, w13, h, plan, config, **act, weights=on_input)
-    y = hidden.new_empty(tokens * top_k, width)
-    config = moe_default(*batch, width, inner, itemsize=size)
-    grouped_gemm(h, w2, y, plan, config, bias=bias2, weights=on_output)
-    combine(y, out, plan, routed_scaling)
-    return out
+    run_layer(out, hidden, w13, w2, topk_weights, topk_ids, **options)
+
+
+def quantize(
+    x: torch.Tensor,
+    quant: str,
+    scale: torch.Tensor | None = None,
+    per_token: bool = False,
+    group: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [R, K] in 8 bits and its scale, the very values of `reference.quantize`; x is fp16, bf16 or fp32."""
+    return torch.ops.moe_ops.quantize(x, quant, scale, per_token, group)
 
 
 def grouped_gemm(
@@ -150,24 +232,32 @@ def grouped_gemm(
     *,
     bias: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+    block_shape: tuple[int, int] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """out[row] = weight of row * (w[expert of row] @ x[row] + bias[expert of row]); zero for rows without expert.
 
     Args:
         x: [C, K], one row each row of the plan; with gather [M, K], one row each token.
-        w: [E, N, K], last dimension contiguous, the dtype of x.
+        w: [E, N, K], last dimension contiguous, the dtype of x; or int8, which is converted to the dtype of x.
         plan: of tiles of 16, 32, 64 or 128 rows.
         gather: read the row of the token.
         bias: [E, N].
         topk_weights: [M, top_k], routed weight of each choice.
+        x_scale, w_scale, block_shape: of quantised x and w, see `reference.grouped_gemm`; `quantize` makes such x.
+        out_dtype: fp16, bf16 or fp32; the dtype of x by default, must be given when x is quantised.
 
     Returns:
-        [C, N] in the dtype of x.
+        [C, N] in out_dtype.
 
     Raises:
         ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
     """
-    return torch.ops.moe_ops.grouped_gemm(x, w, *_plan_args(plan), gather, bias, topk_weights)
+    return torch.ops.moe_ops.grouped_gemm(
+        x, w, *_plan_args(plan), gather, bias, topk_weights, x_scale, w_scale, block_shape, out_dtype
+    )
 
 
 def fused_experts(
@@ -187,17 +277,25 @@ def fused_experts(
     expert_map: torch.Tensor | None = None,
     apply_router_weight_on_input: bool = False,
     routed_scaling: float = 1.0,
+    quant: str | None = None,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    a1_scale: torch.Tensor | None = None,
+    a2_scale: torch.Tensor | None = None,
+    per_token: bool = False,
+    block_shape: tuple[int, int] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The routed-experts layer; arguments and result are those of `reference.fused_experts`.
 
-    Intermediates are rounded to the dtype of hidden: what the activation returns, and what each expert returns for a
-    token, routed weight included. Without a host sync; ids out of range are found on the CPU only, else they count
-    as -1.
+    Intermediates are rounded to the dtype of hidden: what the activation returns (before it is quantised, too), and
+    what each expert returns for a token, routed weight included. Without a host sync; ids out of range are found on the
+    CPU only, else they count as -1.
 
     Raises:
         ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
     """
-    return torch.ops.moe_ops.fused_experts(
+    args = (
         hidden,
         w13,
         w2,
@@ -213,4 +311,41 @@ def fused_experts(
         expert_map,
         apply_router_weight_on_input,
         float(routed_scaling),
+        quant,
+        w13_scale,
+        w2_scale,
+        a1_scale,
+        a2_scale,
+        per_token,
+        block_shape,
     )
+    if out is None:
+        return torch.ops.moe_ops.fused_experts(*args)
+    torch.ops.moe_ops.fused_experts_out(out, *args)
+    return out
+
+
+def warmup_layer(w13: torch.Tensor, w2: torch.Tensor, top_k: int, *, dtype: torch.dtype, **layer) -> None:
+    """Compile whatever `fused_experts` may launch for this layer, at any number of tokens; on a GPU only.
+
+    A server calls it once for each kind of layer, before it takes requests. Counts no hit.
+
+    Args:
+        w13, w2: of the layer.
+        top_k: experts of a token.
+        dtype: of hidden.
+        layer: the other keyword arguments of the layer's calls of `fused_experts`, but for out.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
+    """
+    from .launches import compile_layer
+
+    options = {**fused_experts.__kwdefaults__, **layer}
+    del options["out"]
+    hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=w2.device)
+    ids = torch.zeros(1, top_k, dtype=torch.int32, device=w2.device)
+    _check_layer(hidden, w13, w2, ids.float(), ids, **options)
+    if hidden.is_cuda:
+        with torch.cuda.device(hidden.device):
+            compile_layer(w13, w2, top_k, dtype, **options)

@@ -15,6 +15,7 @@ tiles of R = tile_rows rows:
     tile_experts  [T]      expert of each tile, ascending, -1 = no tile
     tile_starts   [T]      first row of each tile, 0 = no tile
     tile_sizes    [T]      rows of each tile, 1..R, 0 = no tile
+    tile_count    [1]      tiles with an expert
 
 A choice has no expert when its id is -1 or `expert_map` says that the expert lives elsewhere (expert parallel): no tile
 covers it, its output is zero. Every shape follows from the shapes of the arguments and nothing is read back, so that a
@@ -50,6 +51,7 @@ class RoutingPlan:
     tile_experts: torch.Tensor
     tile_starts: torch.Tensor
     tile_sizes: torch.Tensor
+    tile_count: torch.Tensor
     top_k: int
     tile_rows: int
 
@@ -116,6 +118,7 @@ def routing_plan(
         tile_experts=torch.where(live, tile_experts, NO_TILE),
         tile_starts=torch.where(live, starts.take(expert) + row_in_expert, 0),
         tile_sizes=torch.where(live, (counts.take(expert) - row_in_expert).clamp(max=tile_rows), 0),
+        tile_count=tile_ends.narrow(0, num_experts - 1, 1),
         top_k=topk_ids.shape[1],
         tile_rows=tile_rows,
     )

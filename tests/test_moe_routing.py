@@ -86,6 +86,7 @@ def test_tiles_cover_each_row_of_an_expert_once(planned, tile_rows):
     assert (plan.tile_experts[:tiles].diff() >= 0).all(), "tiles of an expert are neighbours"
     assert not plan.tile_starts[tiles:].any()
     assert not plan.tile_sizes[tiles:].any()
+    assert plan.tile_count.tolist() == [tiles]
     covered = []
     for expert, start, size in zip(
         *(x[:tiles].tolist() for x in (plan.tile_experts, plan.tile_starts, plan.tile_sizes)), strict=True
@@ -170,6 +171,7 @@ def test_a_plan_on_a_gpu_neither_syncs_nor_depends_on_data(tokens, mapped):
         **dict.fromkeys(tile_arrays, (tiles,)),
         "counts": (11,),
         "starts": (12,),
+        "tile_count": (1,),
     }
 
 

@@ -16,7 +16,7 @@ from ..routing import RoutingPlan
 MAX_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "first_without_expert_ptr"])
 def combine_kernel(
     y_ptr,  # [C, N]
     out_ptr,  # [M, N]
@@ -26,11 +26,14 @@ def combine_kernel(
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tokens, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[token], zero without any expert.
 
     Rows from `first_without_expert` on were never written: they are not read.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_without_expert = tl.load(first_without_expert_ptr)
@@ -43,10 +46,20 @@ def combine_kernel(
     tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
-def combine(y: torch.Tensor, out: torch.Tensor, plan: RoutingPlan, scaling: float = 1.0) -> None:
-    """Launch the combine: y [C, N] and out [M, N] contiguous, at least one token."""
+def combine(y: torch.Tensor, out: torch.Tensor, plan: RoutingPlan, scaling: float = 1.0, pdl: bool = False) -> None:
+    """Launch the combine: y [C, N] and out [M, N] contiguous, at least one token; pdl as in grouped_gemm."""
     tokens, n = out.shape
     block_n = min(triton.next_power_of_2(n), MAX_BLOCK)
     combine_kernel[(tokens, triton.cdiv(n, block_n))](
-        y, out, plan.rows, plan.starts[-1:], scaling, N=n, TOP_K=plan.top_k, BLOCK_N=block_n, num_warps=4
+        y,
+        out,
+        plan.rows,
+        plan.starts[-1:],
+        scaling,
+        N=n,
+        TOP_K=plan.top_k,
+        BLOCK_N=block_n,
+        PDL=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
     )

@@ -2,12 +2,15 @@
 
 tile of rows of one expert -> gathered tokens x gate block, x up block -> activation -> one block of columns
 
-Shapes: x [M, K], gate and up each [E, N, K] (views of w13: its halves, or every other row), out [C, N], all of one
-dtype; both products accumulate in fp32 and the activation is applied to them before the one rounding, so that the
-[C, 2N] between them exists nowhere. Arrays of the plan as in routing.py.
+Shapes: x [M, K], or [C, K] in row order; gate and up each [E, N, K] (views of w13: its halves, or every other row); out
+[C, N]. All of one dtype, or x and w13 quantised, each with its scales (tiles.py). Both products accumulate in fp32
+(int8: int32) and the activation is applied to them before the one rounding, so that the [C, 2N] between them exists
+nowhere; out may be quantised too, with a scale for each group of columns. Arrays of the plan as in routing.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,8 +18,23 @@ import triton.language as tl
 
 from ops_configs.moe import MoeConfig
 
+from ..reference import LIMITS
 from ..routing import RoutingPlan
-from .tiles import bias_operand, load_bias, load_rows, load_weight, operand, program_tile, takes_tma, weight_source
+from .quantize import quantized, scale_of
+from .tiles import (
+    PLAN_POINTERS,
+    add_product,
+    bias_operand,
+    load_bias,
+    load_rows,
+    load_scale,
+    load_weight,
+    operand,
+    scale_arguments,
+    takes_tma,
+    tile_of,
+    weight_source,
+)
 
 
 @triton.jit
@@ -45,69 +63,117 @@ def gated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
         return pointwise(gate, ACTIVATION) * up
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def gate_up_kernel(
-    x_ptr,  # [M, K], rows x_stride apart
-    gate,  # [E, N, K], descriptor or pointer
-    up,  # as gate; unused when not GATED
-    gate_bias_ptr,  # [E, N] or None
-    up_bias_ptr,  # [E, N] or None
-    weights_ptr,  # [C] routed weight of each choice, or None
-    out_ptr,  # [C, N]
-    choices_ptr,  # int32 [C]
-    tile_experts_ptr,  # int32 [T]
-    tile_starts_ptr,  # int32 [T]
-    tile_sizes_ptr,  # int32 [T]
-    num_tiles,
+@triton.jit
+def gate_up_tile(
+    tile,
+    column,
+    x,
+    gate,
+    up,
+    x_scale,
+    w_scale,
+    gate_bias_ptr,
+    up_bias_ptr,
+    weights_ptr,
+    out_ptr,
+    out_scale_ptr,
+    choices_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    tile_sizes_ptr,
     x_stride,
     expert_stride,
     row_stride,
     bias_expert_stride,
     bias_stride,
+    out_scale_row_stride,
+    out_scale_group_stride,
     alpha,
     limit,
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    OUT_LIMIT: tl.constexpr,
+    ROUND_TO: tl.constexpr,
+    X_TMA: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
-
-    Rows without expert are in no tile and stay as they are. The routed weight multiplies the products: that is the
-    same as multiplying x.
-    """
-    tile, block = program_tile(num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
     expert = tl.load(tile_experts_ptr + tile)
-    if expert < 0:
-        return
     m = tl.arange(0, BLOCK_M)
-    rows = tl.load(tile_starts_ptr + tile) + m
+    first_row = tl.load(tile_starts_ptr + tile)
+    rows = first_row + m
     live = m < tl.load(tile_sizes_ptr + tile)
     choices = tl.load(choices_ptr + rows, mask=live, other=0)
-    column = block * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
 
-    x_pointers = x_ptr + (choices // TOP_K)[:, None].to(tl.int64) * x_stride + ks[None, :]
+    UP_FIRST: tl.constexpr = 1 if INTERLEAVED else N  # rows of w13: the first of ups, and from column to column
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1
+    x_rows = rows
+    if GATHER:
+        x_rows = choices // TOP_K
+
+    if not X_TMA:
+        x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
     gate_source = weight_source(gate, expert, columns, ks, expert_stride, row_stride, TMA)
-    gates = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gates = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if GATED:
         up_source = weight_source(up, expert, columns, ks, expert_stride, row_stride, TMA)
-        ups = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        ups = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for k0 in range(0, K, BLOCK_K):
-        x = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+        if X_TMA:
+            a = x.load([first_row, k0])
+        else:
+            a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
         w = load_weight(gate_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-        gates = tl.dot(x, w.T, gates, input_precision="ieee")
+        scale = None
+        if BLOCKED:
+            scale = load_scale(
+                x_scale, w_scale, expert, x_rows, live, column, columns, k0 // SCALE_K, N, 0, STEP, SCALE_N, ONE_SCALE
+            )
+        gates = add_product(gates, a, w, scale)
         if GATED:
             w = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-            ups = tl.dot(x, w.T, ups, input_precision="ieee")
+            if BLOCKED:
+                scale = load_scale(
+                    x_scale,
+                    w_scale,
+                    expert,
+                    x_rows,
+                    live,
+                    column,
+                    columns,
+                    k0 // SCALE_K,
+                    N,
+                    UP_FIRST,
+                    STEP,
+                    SCALE_N,
+                    ONE_SCALE,
+                )
+            ups = add_product(ups, a, w, scale)
 
+    if w_scale is not None and not BLOCKED:
+        gates = gates.to(tl.float32) * load_scale(
+            x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, 0, STEP, SCALE_N, ONE_SCALE
+        )
+        if GATED:
+            ups = ups.to(tl.float32) * load_scale(
+                x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE
+            )
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
         gates *= weight
@@ -121,9 +187,229 @@ def gate_up_kernel(
         h = gated(gates, ups, alpha, limit, ACTIVATION)
     else:
         h = pointwise(gates, ACTIVATION)
+    if out_scale_ptr is not None:  # columns from N on are zero: they count in no scale
+        h = h.to(ROUND_TO).to(tl.float32)
+        grouped = tl.reshape(h, BLOCK_M, BLOCK_N // OUT_GROUP, OUT_GROUP)
+        out_scale = scale_of(tl.max(tl.abs(grouped), 2), OUT_LIMIT)
+        grouped = quantized(grouped, out_scale[:, :, None], OUT_LIMIT, out_ptr.dtype.element_ty)
+        h = tl.reshape(grouped, BLOCK_M, BLOCK_N)
+        groups = column // OUT_GROUP + tl.arange(0, BLOCK_N // OUT_GROUP)
+        out_scales = out_scale_ptr + rows[:, None].to(tl.int64) * out_scale_row_stride
+        out_scales += groups[None, :] * out_scale_group_stride
+        tl.store(out_scales, out_scale, mask=live[:, None] & (groups * OUT_GROUP < N)[None, :])
     out = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
     mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
     tl.store(out, h.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=PLAN_POINTERS)
+def gate_up_kernel(
+    x,  # pointer to [M, K] (GATHER) or [C, K], rows x_stride apart; X_TMA: descriptor of [C, K]
+    x_half,  # x; X_TMA: descriptor of half as many rows
+    gate,  # [E, N, K], descriptor or pointer
+    up,  # as gate; unused when not GATED
+    x_scale,  # of quantised x, see tiles.py; or None
+    w_scale,  # of quantised w13, or None
+    gate_bias_ptr,  # [E, N] or None
+    up_bias_ptr,  # [E, N] or None
+    weights_ptr,  # [C] routed weight of each choice, or None
+    out_ptr,  # [C, N]
+    out_scale_ptr,  # fp32 [C, ceil(N / OUT_GROUP)] of quantised out, or None
+    choices_ptr,  # int32 [C]
+    tile_experts_ptr,  # int32 [T]
+    tile_starts_ptr,  # int32 [T]
+    tile_sizes_ptr,  # int32 [T]
+    num_tiles,
+    x_stride,
+    expert_stride,
+    row_stride,
+    bias_expert_stride,
+    bias_stride,
+    out_scale_row_stride,
+    out_scale_group_stride,
+    alpha,
+    limit,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    OUT_GROUP: tl.constexpr,
+    OUT_LIMIT: tl.constexpr,
+    ROUND_TO: tl.constexpr,
+    X_TMA: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
+
+    Rows without expert are in no tile and stay as they are. The routed weight multiplies the products: that is the
+    same as multiplying x. Quantised out is what `quantize` makes of an out of dtype ROUND_TO: BLOCK_N is a multiple of
+    OUT_GROUP. A tile of 128 rows that is at most half full multiplies half the rows.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile, block = tile_of(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    size = tl.load(tile_sizes_ptr + tile)
+    if size == 0:
+        return
+    if BLOCK_M == 128:
+        if size <= BLOCK_M // 2:
+            gate_up_tile(
+                tile,
+                block * BLOCK_N,
+                x_half,
+                gate,
+                up,
+                x_scale,
+                w_scale,
+                gate_bias_ptr,
+                up_bias_ptr,
+                weights_ptr,
+                out_ptr,
+                out_scale_ptr,
+                choices_ptr,
+                tile_experts_ptr,
+                tile_starts_ptr,
+                tile_sizes_ptr,
+                x_stride,
+                expert_stride,
+                row_stride,
+                bias_expert_stride,
+                bias_stride,
+                out_scale_row_stride,
+                out_scale_group_stride,
+                alpha,
+                limit,
+                N,
+                K,
+                TOP_K,
+                GATHER,
+                GATED,
+                INTERLEAVED,
+                ACTIVATION,
+                ACC,
+                BLOCKED,
+                SCALE_N,
+                SCALE_K,
+                ONE_SCALE,
+                OUT_GROUP,
+                OUT_LIMIT,
+                ROUND_TO,
+                X_TMA,
+                TMA,
+                BLOCK_M // 2,
+                BLOCK_N,
+                BLOCK_K,
+            )
+        else:
+            gate_up_tile(
+                tile,
+                block * BLOCK_N,
+                x,
+                gate,
+                up,
+                x_scale,
+                w_scale,
+                gate_bias_ptr,
+                up_bias_ptr,
+                weights_ptr,
+                out_ptr,
+                out_scale_ptr,
+                choices_ptr,
+                tile_experts_ptr,
+                tile_starts_ptr,
+                tile_sizes_ptr,
+                x_stride,
+                expert_stride,
+                row_stride,
+                bias_expert_stride,
+                bias_stride,
+                out_scale_row_stride,
+                out_scale_group_stride,
+                alpha,
+                limit,
+                N,
+                K,
+                TOP_K,
+                GATHER,
+                GATED,
+                INTERLEAVED,
+                ACTIVATION,
+                ACC,
+                BLOCKED,
+                SCALE_N,
+                SCALE_K,
+                ONE_SCALE,
+                OUT_GROUP,
+                OUT_LIMIT,
+                ROUND_TO,
+                X_TMA,
+                TMA,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    else:
+        gate_up_tile(
+            tile,
+            block * BLOCK_N,
+            x,
+            gate,
+            up,
+            x_scale,
+            w_scale,
+            gate_bias_ptr,
+            up_bias_ptr,
+            weights_ptr,
+            out_ptr,
+            out_scale_ptr,
+            choices_ptr,
+            tile_experts_ptr,
+            tile_starts_ptr,
+            tile_sizes_ptr,
+            x_stride,
+            expert_stride,
+            row_stride,
+            bias_expert_stride,
+            bias_stride,
+            out_scale_row_stride,
+            out_scale_group_stride,
+            alpha,
+            limit,
+            N,
+            K,
+            TOP_K,
+            GATHER,
+            GATED,
+            INTERLEAVED,
+            ACTIVATION,
+            ACC,
+            BLOCKED,
+            SCALE_N,
+            SCALE_K,
+            ONE_SCALE,
+            OUT_GROUP,
+            OUT_LIMIT,
+            ROUND_TO,
+            X_TMA,
+            TMA,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
 
 def split_gate_up(w13: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,31 +434,51 @@ def gate_up(
     swiglu_limit: float = 7.0,
     bias13: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+    block_shape: Sequence[int] | None = None,
+    out_scale: torch.Tensor | None = None,
+    round_to: torch.dtype | None = None,
+    gather: bool = True,
+    pdl: bool = False,
 ) -> None:
     """Launch the first half of the experts.
 
     Args:
-        x: [M, K], last dimension contiguous.
-        w13: [E, 2N, K], gated; else [E, N, K]. Last dimension contiguous, the dtype of x.
+        x: [M, K], a row for each token, or without gather [C, K] in row order; last dimension contiguous.
+        w13: [E, 2N, K], gated; else [E, N, K]. Last dimension contiguous, the dtype of x, or int8.
         out: [C, N] contiguous. Rows without expert stay as they are.
         plan: of tiles of config.block_m rows, with at least one choice.
         activation, gated, interleaved, swiglu_alpha, swiglu_limit: as reference.activate has them.
         bias13: [E, rows of w13].
         weights: [C] contiguous, routed weight of each choice, applied to x.
+        x_scale, w_scale, block_shape: of quantised x and w13, as `tiles.scale_arguments` takes them.
+        out_scale: fp32 [C, ceil(N / bk)] of block_shape, scales of quantised out; bk divides config.block_n.
+        round_to: fp16, bf16 or fp32, which the activation is rounded to before out is quantised.
+        gather: x has a row for each token, not for each row of the plan.
+        pdl: start under the tail of the launch before, and let the next one do so.
     """
     gate, up = split_gate_up(w13, interleaved) if gated else (w13, w13)
     gate_bias, up_bias = (bias13, None) if bias13 is None or not gated else split_gate_up(bias13, interleaved)
     gate_bias_ptr, *bias_strides = bias_operand(gate_bias)
     tma = takes_tma(gate, up)
-    num_tiles, block = plan.tile_experts.shape[0], (1, config.block_n, config.block_k)
-    gate_up_kernel[(num_tiles * triton.cdiv(out.shape[1], config.block_n),)](
-        x,
+    n, block_n = out.shape[1], config.block_n
+    scales = scale_arguments(x, w13, x_scale, w_scale, block_shape, config.block_k)
+    num_tiles, block = plan.tile_experts.shape[0], (1, block_n, scales["BLOCK_K"])
+    x_tma = tma and not gather and takes_tma(x)
+    rows_of_columns = 2 * block_n if interleaved else block_n
+    gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
+        operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
+        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma),
         operand(gate, block, tma),
         operand(up, block, tma),
+        scales.pop("x_scale"),
+        scales.pop("w_scale"),
         gate_bias_ptr,
         up_bias,
         weights,
         out,
+        out_scale,
         plan.choices,
         plan.tile_experts,
         plan.tile_starts,
@@ -182,18 +488,28 @@ def gate_up(
         gate.stride(0),
         gate.stride(1),
         *bias_strides,
+        *((0, 0) if out_scale is None else out_scale.stride()),
         swiglu_alpha,
         swiglu_limit,
-        N=out.shape[1],
+        N=n,
         K=x.shape[1],
         TOP_K=plan.top_k,
+        GATHER=gather,
         GATED=gated,
+        INTERLEAVED=interleaved,
         ACTIVATION=activation,
+        **scales,
+        ONE_SCALE=scales["SCALE_N"] % rows_of_columns == 0 and (interleaved or not gated or n % block_n == 0),
+        OUT_GROUP=1 if out_scale is None else block_shape[1],
+        OUT_LIMIT=LIMITS.get(out.dtype),
+        ROUND_TO=None if round_to is None else getattr(tl, str(round_to).removeprefix("torch.")),
+        X_TMA=x_tma,
         TMA=tma,
         BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_N=block_n,
         GROUP_M=config.group_m,
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl,
     )

@@ -2,11 +2,14 @@
 
 tile of rows of one expert -> rows x block of the expert's weight -> one block of columns
 
-Shapes: x [C, K] in row order, or [M, K] gathered by token; w [E, N, K] of the same dtype; out [C, N]. The product
-accumulates in fp32 and is rounded once, after bias and routed weight. Arrays of the plan as in routing.py.
+Shapes: x [C, K] in row order, or [M, K] gathered by token; w [E, N, K] of the same dtype, or quantised, each with its
+scales (tiles.py); out [C, N]. The product accumulates in fp32, that of int8 in int32, and is rounded once, after
+scales, bias and routed weight. Arrays of the plan as in routing.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,13 +18,108 @@ import triton.language as tl
 from ops_configs.moe import MoeConfig
 
 from ..routing import RoutingPlan
-from .tiles import bias_operand, load_bias, load_rows, load_weight, operand, program_tile, takes_tma, weight_source
+from .tiles import (
+    PLAN_POINTERS,
+    add_product,
+    bias_operand,
+    load_bias,
+    load_rows,
+    load_scale,
+    load_weight,
+    multiprocessors,
+    operand,
+    scale_arguments,
+    takes_tma,
+    tile_of,
+    weight_source,
+)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit
+def grouped_tile(
+    tile,
+    column,
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias_ptr,
+    weights_ptr,
+    out_ptr,
+    choices_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    tile_sizes_ptr,
+    x_stride,
+    expert_stride,
+    row_stride,
+    bias_expert_stride,
+    bias_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    X_TMA: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
+    expert = tl.load(tile_experts_ptr + tile)
+    m = tl.arange(0, BLOCK_M)
+    first_row = tl.load(tile_starts_ptr + tile)
+    rows = first_row + m
+    live = m < tl.load(tile_sizes_ptr + tile)
+    columns = column + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+
+    x_rows = rows
+    if GATHER:
+        x_rows = tl.load(choices_ptr + rows, mask=live, other=0) // TOP_K
+    if not X_TMA:
+        x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
+    w_source = weight_source(w, expert, columns, ks, expert_stride, row_stride, TMA)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k0 in range(0, K, BLOCK_K):
+        if X_TMA:
+            a = x.load([first_row, k0])
+        else:
+            a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+        b = load_weight(w_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
+        scale = None
+        if BLOCKED:
+            scale = load_scale(
+                x_scale, w_scale, expert, x_rows, live, column, columns, k0 // SCALE_K, N, 0, 1, SCALE_N, ONE_SCALE
+            )
+        acc = add_product(acc, a, b, scale)
+
+    if w_scale is not None and not BLOCKED:
+        acc = acc.to(tl.float32) * load_scale(
+            x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, 0, 1, SCALE_N, ONE_SCALE
+        )
+    if bias_ptr is not None:
+        acc += load_bias(bias_ptr, expert, columns, bias_expert_stride, bias_stride, N)
+    if weights_ptr is not None:
+        choices = tl.load(choices_ptr + rows, mask=live, other=0)
+        acc *= tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
+    mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=PLAN_POINTERS)
 def grouped_gemm_kernel(
     x,  # pointer to [M, K] (GATHER) or [C, K], rows x_stride apart; X_TMA: descriptor of [C, K]
+    x_half,  # x; X_TMA: descriptor of half as many rows
     w,  # [E, N, K], descriptor or pointer
+    x_scale,  # of quantised x, see tiles.py; or None
+    w_scale,  # of quantised w, or None
     bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
     out_ptr,  # [C, N]
@@ -29,6 +127,7 @@ def grouped_gemm_kernel(
     tile_experts_ptr,  # int32 [T]
     tile_starts_ptr,  # int32 [T]
     tile_sizes_ptr,  # int32 [T]
+    tile_count_ptr,  # int32 [1]
     num_tiles,
     x_stride,
     expert_stride,
@@ -39,53 +138,179 @@ def grouped_gemm_kernel(
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
+    PERSISTENT, grid: (programs,). A program owns every programs-th of these, and fetches one while it stores another.
 
     Rows without expert are in no tile and stay as they are. Through TMA a tile also reads the rows that follow it:
-    they end in rows of the product that are not stored.
+    they end in rows of the product that are not stored. A tile that is at most half full multiplies half the rows.
     """
-    tile, block = program_tile(num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(tile_experts_ptr + tile)
-    if expert < 0:
-        return
-    m = tl.arange(0, BLOCK_M)
-    first_row = tl.load(tile_starts_ptr + tile)
-    rows = first_row + m
-    live = m < tl.load(tile_sizes_ptr + tile)
-    column = block * BLOCK_N
-    columns = column + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-
-    if not X_TMA:
-        x_rows = rows
-        if GATHER:
-            x_rows = tl.load(choices_ptr + rows, mask=live, other=0) // TOP_K
-        x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
-    w_source = weight_source(w, expert, columns, ks, expert_stride, row_stride, TMA)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        if X_TMA:
-            a = x.load([first_row, k0])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    if PERSISTENT:
+        count = tl.load(tile_count_ptr)
+        for pid in tl.range(tl.program_id(0), count * BLOCKS, tl.num_programs(0), flatten=True):
+            tile, block = tile_of(pid, count, BLOCKS, GROUP_M)
+            grouped_tile(
+                tile,
+                block * BLOCK_N,
+                x,
+                w,
+                x_scale,
+                w_scale,
+                bias_ptr,
+                weights_ptr,
+                out_ptr,
+                choices_ptr,
+                tile_experts_ptr,
+                tile_starts_ptr,
+                tile_sizes_ptr,
+                x_stride,
+                expert_stride,
+                row_stride,
+                bias_expert_stride,
+                bias_stride,
+                N,
+                K,
+                TOP_K,
+                GATHER,
+                ACC,
+                BLOCKED,
+                SCALE_N,
+                SCALE_K,
+                ONE_SCALE,
+                X_TMA,
+                TMA,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    else:
+        tile, block = tile_of(tl.program_id(0), num_tiles, BLOCKS, GROUP_M)
+        size = tl.load(tile_sizes_ptr + tile)
+        if size == 0:
+            return
+        if BLOCK_M == 128:
+            if size <= BLOCK_M // 2:
+                grouped_tile(
+                    tile,
+                    block * BLOCK_N,
+                    x_half,
+                    w,
+                    x_scale,
+                    w_scale,
+                    bias_ptr,
+                    weights_ptr,
+                    out_ptr,
+                    choices_ptr,
+                    tile_experts_ptr,
+                    tile_starts_ptr,
+                    tile_sizes_ptr,
+                    x_stride,
+                    expert_stride,
+                    row_stride,
+                    bias_expert_stride,
+                    bias_stride,
+                    N,
+                    K,
+                    TOP_K,
+                    GATHER,
+                    ACC,
+                    BLOCKED,
+                    SCALE_N,
+                    SCALE_K,
+                    ONE_SCALE,
+                    X_TMA,
+                    TMA,
+                    BLOCK_M // 2,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
+            else:
+                grouped_tile(
+                    tile,
+                    block * BLOCK_N,
+                    x,
+                    w,
+                    x_scale,
+                    w_scale,
+                    bias_ptr,
+                    weights_ptr,
+                    out_ptr,
+                    choices_ptr,
+                    tile_experts_ptr,
+                    tile_starts_ptr,
+                    tile_sizes_ptr,
+                    x_stride,
+                    expert_stride,
+                    row_stride,
+                    bias_expert_stride,
+                    bias_stride,
+                    N,
+                    K,
+                    TOP_K,
+                    GATHER,
+                    ACC,
+                    BLOCKED,
+                    SCALE_N,
+                    SCALE_K,
+                    ONE_SCALE,
+                    X_TMA,
+                    TMA,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
         else:
-            a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
-        b = load_weight(w_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
-
-    if bias_ptr is not None:
-        acc += load_bias(bias_ptr, expert, columns, bias_expert_stride, bias_stride, N)
-    if weights_ptr is not None:
-        choices = tl.load(choices_ptr + rows, mask=live, other=0)
-        acc *= tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-    mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            grouped_tile(
+                tile,
+                block * BLOCK_N,
+                x,
+                w,
+                x_scale,
+                w_scale,
+                bias_ptr,
+                weights_ptr,
+                out_ptr,
+                choices_ptr,
+                tile_experts_ptr,
+                tile_starts_ptr,
+                tile_sizes_ptr,
+                x_stride,
+                expert_stride,
+                row_stride,
+                bias_expert_stride,
+                bias_stride,
+                N,
+                K,
+                TOP_K,
+                GATHER,
+                ACC,
+                BLOCKED,
+                SCALE_N,
+                SCALE_K,
+                ONE_SCALE,
+                X_TMA,
+                TMA,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
 
 
 def grouped_gemm(
@@ -98,25 +323,39 @@ def grouped_gemm(
     gather: bool = False,
     bias: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
+    block_shape: Sequence[int] | None = None,
+    pdl: bool = False,
 ) -> None:
     """Launch a grouped GEMM.
 
     Args:
         x: [C, K], or with gather [M, K]; last dimension contiguous.
-        w: [E, N, K], last dimension contiguous, the dtype of x.
+        w: [E, N, K], last dimension contiguous, the dtype of x, or int8.
         out: [C, N] contiguous. Rows without expert stay as they are.
         plan: of tiles of config.block_m rows, with at least one choice.
         gather: x has a row for each token, not for each row of the plan.
         bias: [E, N].
         weights: [C] contiguous, routed weight of each choice, applied last.
+        x_scale, w_scale, block_shape: of quantised operands, as `tiles.scale_arguments` takes them.
+        pdl: start under the tail of the launch before, and let the next one do so.
     """
+    scales = scale_arguments(x, w, x_scale, w_scale, block_shape, config.block_k)
     tma = takes_tma(w)
     x_tma = tma and not gather and takes_tma(x)
     num_tiles = plan.tile_experts.shape[0]
+    programs = num_tiles * triton.cdiv(out.shape[1], config.block_n)
+    persistent = config.persistent and x_tma
+    if persistent:
+        programs = min(programs, multiprocessors(x.device))
     bias_ptr, *bias_strides = bias_operand(bias)
-    grouped_gemm_kernel[(num_tiles * triton.cdiv(out.shape[1], config.block_n),)](
-        operand(x, (config.block_m, config.block_k), x_tma),
-        operand(w, (1, config.block_n, config.block_k), tma),
+    grouped_gemm_kernel[(programs,)](
+        operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
+        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma),
+        operand(w, (1, config.block_n, scales["BLOCK_K"]), tma),
+        scales.pop("x_scale"),
+        scales.pop("w_scale"),
         bias_ptr,
         weights,
         out,
@@ -124,6 +363,7 @@ def grouped_gemm(
         plan.tile_experts,
         plan.tile_starts,
         plan.tile_sizes,
+        plan.tile_count,
         num_tiles,
         x.stride(0),
         w.stride(0),
@@ -133,12 +373,16 @@ def grouped_gemm(
         K=x.shape[1],
         TOP_K=plan.top_k,
         GATHER=gather,
+        **scales,
+        ONE_SCALE=scales["SCALE_N"] % config.block_n == 0,
         X_TMA=x_tma,
         TMA=tma,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
+        PERSISTENT=persistent,
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl,
     )

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .. import checks
 from ..routing import RoutingPlan, tile_count_bound
+from .tiles import PLAN_POINTERS
 
 BLOCK = 128
 """Choices that a program places."""
@@ -50,7 +51,10 @@ def count_kernel(
     tl.store(chunk_counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=mask))
 
 
-@triton.jit(do_not_specialize=["num_choices", "num_tiles", "num_chunks"])
+@triton.jit(
+    do_not_specialize=["num_choices", "num_tiles", "num_chunks"],
+    do_not_specialize_on_alignment=["choices_ptr", "rows_ptr", "counts_ptr", "starts_ptr", *PLAN_POINTERS[1:]],
+)
 def place_kernel(
     ids_ptr,  # [C]
     expert_map_ptr,  # [GLOBAL_EXPERTS] or None
@@ -62,6 +66,7 @@ def place_kernel(
     tile_experts_ptr,  # int32 [T]
     tile_starts_ptr,  # int32 [T]
     tile_sizes_ptr,  # int32 [T]
+    tile_count_ptr,  # int32 [1]
     num_choices,
     num_tiles,
     num_chunks,
@@ -74,7 +79,8 @@ def place_kernel(
     CHUNKS_A_STEP: tl.constexpr,
 ):
     """Grid: (ceil(C / BLOCK),). A program owns rows and choices of its BLOCK choices, every ceil(C / BLOCK)-th tile of
-    each expert, and the padding among its BLOCK places in the list of tiles; the first also owns counts and starts.
+    each expert, and the padding among its BLOCK places in the list of tiles; the first also owns counts, starts and
+    the count of tiles.
     """
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -110,6 +116,8 @@ def place_kernel(
 
     tiles = tl.where(bins < EXPERTS, (counts + TILE_ROWS - 1) // TILE_ROWS, 0)
     first_tile = tl.cumsum(tiles, 0) - tiles
+    if pid == 0:
+        tl.store(tile_count_ptr, tl.sum(tiles, 0))
     for t in range(pid, tl.max(tiles, 0), tl.num_programs(0)):
         mask = t < tiles
         tl.store(tile_experts_ptr + first_tile + t, bins, mask=mask)
@@ -131,7 +139,7 @@ def routing_plan(
     expert_map = None if expert_map is None else expert_map.contiguous()
     num_choices = ids.shape[0]
     num_tiles = tile_count_bound(num_choices, num_experts, tile_rows)
-    sizes = [num_choices, num_choices, num_experts, num_experts + 1, num_tiles, num_tiles, num_tiles]
+    sizes = [num_choices, num_choices, num_experts, num_experts + 1, num_tiles, num_tiles, num_tiles, 1]
     arrays = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
     num_chunks = triton.cdiv(num_choices, CHUNK)
     constants = {

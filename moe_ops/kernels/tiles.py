@@ -1,11 +1,18 @@
-"""What the grouped GEMM kernels share: which tile a program computes, and how it reads its operands.
+"""What the grouped GEMM kernels share: which tile a program computes, how it reads and multiplies its operands.
 
 A weight is read through a TMA descriptor where its layout allows one, else through pointers: `operand` makes the kernel
 argument of either kind, `load_weight` reads a block of either.
+
+Scales of quantised operands come as (pointer, strides of expert, row and group of K), 0 where all share one, so that
+one address says what is per tensor, expert, row, channel or block; `scale_arguments` makes them. They multiply the sums
+once, after the last step; those of blocks (BLOCKED) multiply the products of each step, whose BLOCK_K columns lie under
+one scale.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,17 +20,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+PLAN_POINTERS = ["choices_ptr", "tile_experts_ptr", "tile_starts_ptr", "tile_sizes_ptr", "tile_count_ptr"]
+"""Arguments whose alignment differs from batch to batch; no kernel may be compiled for one of them."""
 TMA_ALIGNMENT = 16
 """Bytes that TMA wants of a base address and of every stride but the last."""
 
 
 @triton.jit
-def program_tile(num_tiles, BLOCKS: tl.constexpr, GROUP_M: tl.constexpr):
-    """(tile, block of columns) of a program: GROUP_M tiles walk the columns together, so that they share them in L2."""
-    pid = tl.program_id(0)
-    first = pid // (GROUP_M * BLOCKS) * GROUP_M
+def tile_of(index, num_tiles, BLOCKS: tl.constexpr, GROUP_M: tl.constexpr):
+    """(tile, block of columns) of an index: GROUP_M tiles walk the columns together, so that they share them in L2."""
+    first = index // (GROUP_M * BLOCKS) * GROUP_M
     size = min(num_tiles - first, GROUP_M)
-    in_group = pid % (GROUP_M * BLOCKS)
+    in_group = index % (GROUP_M * BLOCKS)
     return first + in_group % size, in_group // size
 
 
@@ -75,8 +83,58 @@ def load_bias(bias_ptr, expert, columns, expert_stride, stride, N: tl.constexpr)
     return bias.to(tl.float32)[None, :]
 
 
+@triton.jit
+def load_scale(
+    x_scale,  # (pointer, strides of expert, row, group) or None
+    w_scale,  # (pointer, strides of expert, row of the weight, group)
+    expert,
+    x_rows,
+    live,
+    column,
+    columns,
+    group,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+):
+    """Scale of the products, fp32, to be broadcast to [BLOCK_M, BLOCK_N].
+
+    Column c is row FIRST + c * STEP of the weight, SCALE_N rows share a scale; ONE_SCALE: all columns of the program.
+    """
+    w_ptr = w_scale[0] + expert.to(tl.int64) * w_scale[1] + group * w_scale[3]
+    if ONE_SCALE:
+        scale = tl.load(w_ptr + (FIRST + column * STEP) // SCALE_N * w_scale[2])
+    else:
+        rows = (FIRST + columns * STEP) // SCALE_N
+        scale = tl.load(w_ptr + rows * w_scale[2], mask=columns < N, other=0.0)[None, :]
+    if x_scale is not None:
+        x_ptr = x_scale[0] + expert.to(tl.int64) * x_scale[1] + group * x_scale[3]
+        scale = tl.load(x_ptr + x_rows.to(tl.int64) * x_scale[2], mask=live, other=0.0)[:, None] * scale
+    return scale
+
+
+@triton.jit
+def add_product(acc, x, w, scale):
+    """acc + scale * (x @ w.T), without a scale acc + x @ w.T; 8-bit weights of wider x are converted first.
+
+    The tensor cores of compute capability 9.0 keep about 14 bits of a running sum of fp8 products, and Triton leaves
+    them to it over all of K. Asked for at most BLOCK_K imprecise additions it adds each step's sum in fp32 instead:
+    the error then does not grow with K.
+    """
+    if w.dtype != x.dtype:
+        w = w.to(x.dtype)
+    if scale is not None:
+        return acc + tl.dot(x, w.T, input_precision="ieee").to(tl.float32) * scale
+    elif x.dtype == tl.float8e4nv:
+        return tl.dot(x, w.T, acc, max_num_imprecise_acc=x.shape[1])
+    else:
+        return tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
 def takes_tma(*tensors: torch.Tensor) -> bool:
-    """Whether all tensors can be read through TMA: a device that has it, half precision, aligned rows.
+    """Whether all tensors can be read through TMA: a device that has it, half precision or less, aligned rows.
 
     fp32 products run on CUDA cores, whose operands gain nothing by it.
     """
@@ -84,11 +142,17 @@ def takes_tma(*tensors: torch.Tensor) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return all(
-        t.dtype.itemsize == 2
+        t.dtype.itemsize <= 2
         and t.data_ptr() % TMA_ALIGNMENT == 0
         and all(stride * t.dtype.itemsize % TMA_ALIGNMENT == 0 for stride in t.stride()[:-1])
         for t in tensors
     )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few programs in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> torch.Tensor | TensorDescriptor:
@@ -99,3 +163,46 @@ def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> torch.Tens
 def bias_operand(bias: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """Kernel arguments of a bias [E, N]: pointer and strides."""
     return (None, 0, 0) if bias is None else (bias, bias.stride(0), bias.stride(1))
+
+
+def scale_arguments(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w_scale: torch.Tensor | None,
+    block_shape: Sequence[int] | None,
+    block_k: int,
+) -> dict:
+    """The kernel arguments that say how operands are quantised, and BLOCK_K, which stays within a block.
+
+    Args:
+        x: [R, K]; w: [E, N, K].
+        x_scale: fp32, of quantised x: one element, [E], [R, 1], or with block_shape [R, ceil(K / bk)].
+        w_scale: fp32, of quantised w: [E], [E, 1], [E, N], [E, N, 1], or with block_shape = (bn, bk)
+            [E, ceil(N / bn), ceil(K / bk)].
+        block_k: columns of a step, a power of two.
+    """
+    blocked = block_shape is not None
+    bn, bk = block_shape if blocked else (1, 0)
+    return {
+        "x_scale": None if x_scale is None else _x_scale_argument(x_scale),
+        "w_scale": None if w_scale is None else _w_scale_argument(w_scale),
+        "ACC": tl.int32 if x.dtype == torch.int8 and not blocked else tl.float32,
+        "BLOCKED": blocked,
+        "SCALE_N": bn,
+        "SCALE_K": bk,
+        "BLOCK_K": math.gcd(block_k, bk),
+    }
+
+
+def _x_scale_argument(scale: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """(scale, strides of expert, row and group); [R, ...] is per row, else it is per expert or one for all."""
+    if scale.ndim == 2:
+        return (scale, 0, *scale.stride())
+    return (scale, scale.stride(0) if scale.numel() > 1 else 0, 0, 0)
+
+
+def _w_scale_argument(scale: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """(scale, strides of expert, row of the weight and group)."""
+    strides = [stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)]
+    return (scale, *strides, *[0] * (3 - len(strides)))

@@ -52,12 +52,17 @@ CASES = [
     Case("plain"),
     Case("one token", tokens=1, top_k=1),
     Case("no tokens", tokens=0),
+    Case("two tokens, choice by choice", tokens=2, top_k=3, bias=True, options={"routed_scaling": 2.5}),
+    Case("two tokens, ids of -1", tokens=2, top_k=4, left_out=0.5, hidden=37, inner=21),
+    Case("two tokens, interleaved", tokens=2, bias=True, options=SWIGLU | {"interleaved": True}),
+    Case("two tokens, ungated", tokens=2, options={"gated": False, "apply_router_weight_on_input": True}),
     Case("rows that TMA does not take", hidden=37, inner=21),
     Case("experts without tokens", tokens=3, experts=60, top_k=4),
     Case("one expert of one", experts=1, top_k=1),
     Case("all tokens on one expert", tokens=90, experts=9, top_k=1, one_expert=True),
     Case("tiles of 64 rows", tokens=70, experts=3, top_k=2),
     Case("tiles of 128 rows", tokens=200, experts=2, top_k=2, hidden=160, inner=136),
+    Case("a tile of 128 rows, at most half full", tokens=165, experts=1, top_k=1, hidden=160, inner=136),
     Case("top 8", experts=16, top_k=8),
     Case("top 32 of few", tokens=4, experts=3, top_k=32),
     Case("ids of -1, tokens without expert", tokens=20, left_out=0.6),
@@ -134,7 +139,7 @@ def test_layer(case, dtype, device, poisoned):
 def test_cases_reach_every_tile_and_both_ways_to_read(device):
     """That the cases are what they say."""
     tiles = {tile_rows(case.tokens, case.experts, case.top_k) for case in CASES}
-    assert tiles == {16, 64, 128}
+    assert tiles == set(TILE_ROWS)
     if device == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
         read = {takes_tma(make_layer(case, torch.float16, device)["w13"]) for case in CASES}
         assert read == {True, False}
@@ -172,10 +177,10 @@ def test_deterministic(dtype, device):
 
 def test_bits_of_a_token_do_not_depend_on_the_others(dtype, device):
     """Within one tile size: more tokens, in another order."""
-    layer = make_layer(Case("", tokens=60, experts=16, top_k=3), dtype, device)
-    assert tile_rows(60, 16, 3) == tile_rows(7, 16, 3)
+    layer = make_layer(Case("", tokens=30, experts=16, top_k=3), dtype, device)
+    assert tile_rows(30, 16, 3) == tile_rows(7, 16, 3)
     whole = moe_ops.fused_experts(**layer)
-    some = torch.randperm(60)[:7].to(device)
+    some = torch.randperm(30)[:7].to(device)
     part = {name: layer[name][some] for name in ("hidden", "topk_weights", "topk_ids")}
     assert torch.equal(moe_ops.fused_experts(**layer | part), whole[some])
 
@@ -299,12 +304,16 @@ def test_schemas_and_fakes(device):
         "expert_map": None,
         "apply_router_weight_on_input": False,
         "routed_scaling": 1.0,
+        **dict.fromkeys(("quant", "w13_scale", "w2_scale", "a1_scale", "a2_scale", "block_shape")),
+        "per_token": False,
     }
     args = tuple((layer | rest)[name] for name in order)
     test_utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moe_ops.fused_experts.default, args, test_utils=test_utils)
+    out = torch.empty_like(layer["hidden"])
+    torch.library.opcheck(torch.ops.moe_ops.fused_experts_out.default, (out, *args), test_utils=test_utils)
     plan = moe_ops.routing_plan(layer["topk_ids"], 5, 16)
-    args = (layer["hidden"], layer["w13"], *ops._plan_args(plan), True, None, None)
+    args = (layer["hidden"], layer["w13"], *ops._plan_args(plan), True, *[None] * 6)
     torch.library.opcheck(torch.ops.moe_ops.grouped_gemm.default, args, test_utils=test_utils)
 
 
@@ -320,6 +329,40 @@ def test_compiles_as_one_graph(device):
     for tokens in (13, 5):
         args = [layer[name][:tokens] for name in tensors]
         torch.testing.assert_close(compiled(*args), model(*args))
+
+
+@pytest.mark.parametrize("alias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_out(alias, compiled, device):
+    """Written and returned, in place of hidden too, and where a graph reads it afterwards."""
+    layer = make_layer(Case("", left_out=0.2), torch.float32, device)
+    expected = moe_ops.fused_experts(**layer)
+    hidden = layer.pop("hidden")
+    out = hidden if alias else torch.full_like(hidden, nan)
+
+    def model(hidden, out):
+        return moe_ops.fused_experts(hidden, **layer, out=out) + 1
+
+    if compiled:
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(hidden, out), expected + 1)
+    torch.testing.assert_close(out, expected)
+    if not compiled:
+        assert moe_ops.fused_experts(hidden, **layer, out=out) is out
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda out: out.half(), TypeError, "out is torch.float16, hidden is torch.float32"),
+        (lambda out: out[:-1], ValueError, r"out has shape \(12, 72\), .* \[13, 72\]"),
+        (lambda out: out.T.contiguous().T, ValueError, "out has strides .* must be contiguous"),
+    ],
+)
+def test_bad_out_is_named(change, error, message, device):
+    layer = make_layer(Case(""), torch.float32, device)
+    with pytest.raises(error, match=message):
+        moe_ops.fused_experts(**layer, out=change(layer["hidden"].clone()))
 
 
 def test_cuda_graph_follows_its_ids(dtype, device):
@@ -357,8 +400,9 @@ SUPPORTED = "supported is one of float16, bfloat16, float32 for all of them"
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (quantised, TypeError, f"hidden float16, w13 float8_e4m3fn, w2 float8_e4m3fn; {SUPPORTED}"),
-        (lambda layer: {"w2": layer["w2"].to(torch.int8)}, TypeError, "w2 is torch.int8, expected a floating dtype"),
+        (quantised, TypeError, "w13 is torch.float8_e4m3fn: give quant = fp8_w8a8, and the scales"),
+        (lambda layer: {"w2": layer["w2"].to(torch.int8)}, TypeError, "w2 is torch.int8: give quant = int8_w8a8 or"),
+        (lambda layer: {"w2": layer["w2"].int()}, TypeError, "w2 is torch.int32, expected a floating dtype"),
         (lambda layer: {"hidden": layer["hidden"].float()}, TypeError, f"hidden float32, w13 float16, .*{SUPPORTED}"),
         (lambda layer: {"w2": layer["w2"].mT.contiguous().mT}, ValueError, "w2 has strides .* must be contiguous"),
         (lambda layer: {"activation": "tanh"}, ValueError, "activation is 'tanh', expected one of silu"),
@@ -398,7 +442,7 @@ SHAPES = {"qwen3-30b": (128, 8, 2048, 768), "mixtral": (8, 2, 4096, 14336), "gpt
 
 
 @pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_defaults_fit_shared_memory_and_the_tile(model, itemsize):
     """227 KiB is what a program may have on compute capability 9.0; block_k is one for all batches of a tile size."""
     experts, top_k, hidden, inner = SHAPES[model]

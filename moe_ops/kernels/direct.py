@@ -1,0 +1,237 @@
+"""The experts of a few tokens, choice by choice: no routing plan, no combine, one launch for each half of the layer.
+
+topk_ids -> gate_up: act(w13[expert of choice] @ x[token]) -> down: sum over k of weight * (w2[expert] @ h[choice])
+
+Shapes: x [M, K], w13 [E, 2N or N, K], h [C, N] in the order of the choices (choice = token * top_k + k), w2 [E, K, N],
+out [M, K]. Products are matrix-vector products in fp32 on CUDA cores: so few rows are bound by reading the weights,
+which a choice reads for itself (choices of one expert run side by side and share them in L2).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ops_configs.moe import DIRECT_BLOCK_K
+
+from .gate_up import gated, pointwise, split_gate_up
+from .routing import load_experts
+from .tiles import bias_operand
+
+GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
+"""Columns of a program of two warps; measured on an H200."""
+
+
+@triton.jit
+def load_block(pointers, k0, live, ks, K: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """Block [BLOCK_N, BLOCK_K] of an expert's weight from column k0 on, fp32; EVEN: no row and no column is padding."""
+    if EVEN:
+        return tl.load(pointers + k0).to(tl.float32)
+    else:
+        return tl.load(pointers + k0, mask=live[:, None] & (ks < K - k0)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gate_up_direct_kernel(
+    x_ptr,  # [M, K], rows x_stride apart
+    gate_ptr,  # [E, N, K]
+    up_ptr,  # as gate; unused when not GATED
+    gate_bias_ptr,  # [E, N] or None
+    up_bias_ptr,  # [E, N] or None
+    weights_ptr,  # [C] routed weight of each choice, or None
+    out_ptr,  # [C, N]
+    ids_ptr,  # [C]
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    x_stride,
+    expert_stride,
+    row_stride,
+    bias_expert_stride,
+    bias_stride,
+    alpha,
+    limit,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (choices, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[choice]; none without expert."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # down may come to the multiprocessors that this leaves
+    choice = tl.program_id(0)
+    expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
+    if expert == EXPERTS:
+        return
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    live = columns < N
+    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
+    block = expert.to(tl.int64) * expert_stride + columns[:, None].to(tl.int64) * row_stride + ks[None, :]
+    x_pointers = x_ptr + (choice // TOP_K).to(tl.int64) * x_stride + ks
+    gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
+        x = tl.load(x_pointers + k0, mask=ks < K - k0, other=0.0).to(tl.float32)[None, :]
+        gates += x * load_block(gate_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
+        if GATED:
+            ups += x * load_block(up_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
+    gate = tl.sum(gates, 1)
+    up = tl.sum(ups, 1)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + choice).to(tl.float32)
+        gate *= weight
+        up *= weight
+    bias = expert.to(tl.int64) * bias_expert_stride + columns * bias_stride
+    if gate_bias_ptr is not None:
+        gate += tl.load(gate_bias_ptr + bias, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        if up_bias_ptr is not None:
+            up += tl.load(up_bias_ptr + bias, mask=live, other=0.0).to(tl.float32)
+        h = gated(gate, up, alpha, limit, ACTIVATION)
+    else:
+        h = pointwise(gate, ACTIVATION)
+    tl.store(out_ptr + choice.to(tl.int64) * N + columns, h.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def down_direct_kernel(
+    h_ptr,  # [C, K]
+    w_ptr,  # [E, N, K]
+    bias_ptr,  # [E, N] or None
+    weights_ptr,  # [C] routed weight of each choice, or None
+    out_ptr,  # [M, N]
+    ids_ptr,  # [C]
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    scaling,
+    expert_stride,
+    row_stride,
+    bias_expert_stride,
+    bias_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (tokens, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[token]: its experts in turn."""
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    live = columns < N
+    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
+    block = columns[:, None].to(tl.int64) * row_stride + ks[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for h
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        choice = token * TOP_K + k
+        expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
+        if expert < EXPERTS:
+            w_pointers = w_ptr + expert.to(tl.int64) * expert_stride + block
+            h_pointers = h_ptr + choice.to(tl.int64) * K + ks
+            sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for k0 in tl.static_range(0, K, BLOCK_K):
+                h = tl.load(h_pointers + k0, mask=ks < K - k0, other=0.0).to(tl.float32)[None, :]
+                sums += h * load_block(w_pointers, k0, live, ks, K, BLOCK_K, EVEN)
+            y = tl.sum(sums, 1)
+            if bias_ptr is not None:
+                bias = expert.to(tl.int64) * bias_expert_stride + columns * bias_stride
+                y += tl.load(bias_ptr + bias, mask=live, other=0.0).to(tl.float32)
+            if weights_ptr is not None:
+                y *= tl.load(weights_ptr + choice).to(tl.float32)
+            total += y
+    out = out_ptr + token.to(tl.int64) * N + columns
+    tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=live)
+
+
+def fused_experts_direct(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    out: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    swiglu_alpha: float,
+    swiglu_limit: float,
+    bias13: torch.Tensor | None,
+    bias2: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    apply_router_weight_on_input: bool,
+    routed_scaling: float,
+    pdl: bool,
+) -> None:
+    """Launch both halves of the layer; arguments as `moe_ops.fused_experts` has them, out [M, H] contiguous.
+
+    pdl: down starts under the tail of the first half (compute capability 9.0 and later).
+    """
+    gate, up = split_gate_up(w13, interleaved) if gated else (w13, w13)
+    gate_bias, up_bias = (bias13, None) if bias13 is None or not gated else split_gate_up(bias13, interleaved)
+    gate_bias_ptr, *bias13_strides = bias_operand(gate_bias)
+    bias2_ptr, *bias2_strides = bias_operand(bias2)
+    ids, weights = topk_ids.reshape(-1), topk_weights.reshape(-1)
+    expert_map = None if expert_map is None else expert_map.contiguous()
+    experts, width, inner = w2.shape
+    constants = {
+        "TOP_K": topk_ids.shape[1],
+        "EXPERTS": experts,
+        "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
+        "PDL": pdl,
+        "num_warps": 2,
+        "launch_pdl": pdl,
+    }
+    h = x.new_empty(ids.shape[0], inner)
+    gate_up_direct_kernel[(ids.shape[0], triton.cdiv(inner, GATE_UP_COLUMNS))](
+        x,
+        gate,
+        up,
+        gate_bias_ptr,
+        up_bias,
+        weights if apply_router_weight_on_input else None,
+        h,
+        ids,
+        expert_map,
+        x.stride(0),
+        gate.stride(0),
+        gate.stride(1),
+        *bias13_strides,
+        swiglu_alpha,
+        swiglu_limit,
+        N=inner,
+        K=width,
+        GATED=gated,
+        ACTIVATION=activation,
+        BLOCK_N=GATE_UP_COLUMNS,
+        BLOCK_K=min(DIRECT_BLOCK_K, triton.next_power_of_2(width)),
+        **constants | {"launch_pdl": False},
+    )
+    down_direct_kernel[(out.shape[0], triton.cdiv(width, DOWN_COLUMNS))](
+        h,
+        w2,
+        bias2_ptr,
+        None if apply_router_weight_on_input else weights,
+        out,
+        ids,
+        expert_map,
+        routed_scaling,
+        w2.stride(0),
+        w2.stride(1),
+        *bias2_strides,
+        N=width,
+        K=inner,
+        BLOCK_N=DOWN_COLUMNS,
+        BLOCK_K=min(DIRECT_BLOCK_K, triton.next_power_of_2(inner)),
+        **constants,
+    )

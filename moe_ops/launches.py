@@ -1,0 +1,162 @@
+"""The launches of a routed-experts layer, in order, for launch parameters that are given.
+
+few tokens   gate_up choice by choice -> down over the experts of a token (kernels/direct.py)
+else         plan -> [quantise or permute rows] -> gate_up with activation -> [quantise] -> down -> combine
+
+On compute capability 9.0 and later each of gate_up, down and combine is set up under the tail of the launch before it
+(PDL): every program waits for that launch before it reads anything, and only then lets the next one start.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from ops_configs.moe import TOKENS, LayerConfig, MoeLayer, layer_config, runs_direct
+from ops_configs.store import register_kernels
+
+register_kernels("moe_ops", Path(__file__).parent / "kernels")
+
+
+@functools.cache
+def _supports_pdl(device: torch.device) -> bool:
+    """Programmatic dependent launch: compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def run_layer(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
+    """Write the layer to out, which may be hidden; arguments as `moe_ops.fused_experts` has them, none left out."""
+    if out.numel() == 0:
+        return
+    tokens, top_k = topk_ids.shape
+    layer = layer_of(w2, top_k, **options)
+    if runs_direct(layer, tokens):
+        run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options)
+        return
+    config = layer_config(layer, tokens, hidden.dtype, hidden.device)
+    run_planned(out, hidden, w13, w2, topk_weights, topk_ids, config, **options)
+
+
+def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, **_) -> MoeLayer:
+    """What the launch parameters of the layer depend on."""
+    experts, width, inner = w2.shape
+    blocks = None if block_shape is None else tuple(block_shape)
+    return MoeLayer(
+        experts, top_k, width, inner, gated, quant, blocks, None if expert_map is None else expert_map.shape[0]
+    )
+
+
+def run_direct(
+    out,
+    hidden,
+    w13,
+    w2,
+    topk_weights,
+    topk_ids,
+    *,
+    quant,
+    w13_scale,
+    w2_scale,
+    a1_scale,
+    a2_scale,
+    per_token,
+    block_shape,
+    **options,
+) -> None:
+    """The layer, unquantised, choice by choice."""
+    from .kernels.direct import fused_experts_direct
+
+    pdl = _supports_pdl(hidden.device)
+    fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
+
+
+def run_planned(
+    out,
+    hidden,
+    w13,
+    w2,
+    topk_weights,
+    topk_ids,
+    config: LayerConfig,
+    *,
+    bias2,
+    expert_map,
+    apply_router_weight_on_input,
+    routed_scaling,
+    quant,
+    w13_scale,
+    w2_scale,
+    a1_scale,
+    a2_scale,
+    per_token,
+    block_shape,
+    **activation,
+) -> None:
+    """The layer, in tiles of rows of one expert."""
+    from .kernels.combine import combine
+    from .kernels.gate_up import gate_up
+    from .kernels.grouped_gemm import grouped_gemm
+    from .kernels.permute import permute
+    from .kernels.quantize import group_scales, quantize
+    from .kernels.routing import routing_plan
+
+    experts, width, inner = w2.shape
+    choices = topk_ids.numel()
+    pdl = _supports_pdl(hidden.device)
+    plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map)
+    weights = topk_weights.reshape(-1)
+    on_input, on_output = (weights, None) if apply_router_weight_on_input else (None, weights)
+
+    group = None if block_shape is None else block_shape[1]
+    gather = a1_scale is None or a1_scale.numel() == 1
+    x, x_scale, h_scale, h_dtype = hidden, None, None, hidden.dtype
+    if quant in ("fp8_w8a8", "int8_w8a8"):  # once for a token; with a scale for each expert, once for a choice
+        by_choice = {} if gather else {"plan": plan, "gather": True}
+        x, x_scale = quantize(hidden, quant, a1_scale, per_token and a1_scale is None, group, **by_choice)
+        if group is not None and config.gate_up.block_n % group == 0:
+            h_dtype, h_scale = w2.dtype, group_scales(choices, -(-inner // group), True, hidden.device)
+    elif config.gate_up.permute:
+        x, gather = permute(hidden, plan), False
+
+    h = hidden.new_empty(choices, inner, dtype=h_dtype)
+    gate_up(
+        x,
+        w13,
+        h,
+        plan,
+        config.gate_up,
+        **activation,
+        weights=on_input,
+        x_scale=x_scale,
+        w_scale=w13_scale,
+        block_shape=block_shape,
+        out_scale=h_scale,
+        round_to=hidden.dtype,
+        gather=gather,
+        pdl=pdl,
+    )
+    if x_scale is not None and h_scale is None:
+        h, h_scale = quantize(h, quant, a2_scale, per_token and a2_scale is None, group, plan)
+    y = hidden.new_empty(choices, width)
+    scales = {"x_scale": h_scale, "w_scale": w2_scale, "block_shape": block_shape}
+    grouped_gemm(h, w2, y, plan, config.down, bias=bias2, weights=on_output, **scales, pdl=pdl)
+    combine(y, out, plan, routed_scaling, pdl=pdl)
+
+
+def compile_layer(w13, w2, top_k: int, dtype: torch.dtype, **options) -> None:
+    """Compile all kernels that any batch of the layer runs, by running it on one token with each launch parameters."""
+    from .kernels.routing import CHUNK, routing_plan
+
+    device = w2.device
+    hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=device)
+    routed = w2.shape[0] if options["expert_map"] is None else options["expert_map"].shape[0]
+    ids = (torch.arange(top_k, dtype=torch.int32, device=device) % routed)[None]
+    arguments = (torch.empty_like(hidden), hidden, w13, w2, torch.zeros(1, top_k, device=device), ids)
+    layer = layer_of(w2, top_k, **options)
+    if runs_direct(layer, 1):
+        run_direct(*arguments, **options)
+    for config in dict.fromkeys(layer_config(layer, tokens, dtype, device) for tokens in TOKENS):
+        run_planned(*arguments, config, **options)
+        routing_plan(ids.expand(CHUNK // top_k + 1, -1), w2.shape[0], config.gate_up.block_m, options["expert_map"])

@@ -1,0 +1,1 @@
+"""The parts of `python -m moe_ops.tune`: layers, candidates, measurement."""

@@ -1,0 +1,152 @@
+"""Which MoE layer a model has, and in which dtype: by name, or from its config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ops_configs.moe import QUANTS, MoeLayer
+
+DTYPES = ("float16", "bfloat16", "float32", *QUANTS)
+MODELS = {
+    "qwen3-30b-a3b": MoeLayer(128, 8, 2048, 768),
+    "qwen3-235b-a22b": MoeLayer(128, 8, 4096, 1536),
+    "mixtral-8x7b": MoeLayer(8, 2, 4096, 14336),
+    "deepseek-v3": MoeLayer(256, 8, 7168, 2048, quant="fp8_w8a8", block_shape=(128, 128)),
+    "gpt-oss-20b": MoeLayer(32, 4, 2880, 2880),
+    "qwen1.5-moe": MoeLayer(60, 4, 2048, 1408),
+    "glm-4.5-air": MoeLayer(128, 8, 4096, 1408),
+    "qwen3-next": MoeLayer(512, 10, 2048, 512),
+}
+"""Models known by name, in the dtype that they come in: bfloat16 where nothing else is said."""
+FIELDS = {
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k"),
+    "hidden": ("hidden_size",),
+    "intermediate": ("moe_intermediate_size", "intermediate_size"),
+}
+"""Names in a config.json, the first one that is there counts."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tuned: a layer, and the dtype of its hidden states."""
+
+    layer: MoeLayer
+    hidden_dtype: str = "bfloat16"
+
+    @property
+    def dtype(self) -> str:
+        """One of DTYPES, as the files are named."""
+        return self.layer.quant or self.hidden_dtype
+
+
+def quantisation(config: Mapping) -> tuple[str | None, tuple[int, int] | None]:
+    """(quant, block_shape) from the quantization_config of a config.json; (None, None) without one.
+
+    Raises:
+        ValueError: a method whose kernels are not ours.
+    """
+    found = config.get("quantization_config") or {}
+    method = found.get("quant_method")
+    block = found.get("weight_block_size")
+    if not found:
+        return None, None
+    if method in ("fp8", "w8a8_fp8"):
+        return "fp8_w8a8", tuple(block) if block else None
+    if method in ("int8", "w8a8_int8", "blockwise_int8"):
+        return "int8_w8a8", tuple(block) if block else None
+    if method == "compressed-tensors":
+        for group in (found.get("config_groups") or {}).values():
+            weights, inputs = group.get("weights") or {}, group.get("input_activations")
+            kind = {"float": "fp8", "int": "int8"}.get(weights.get("type")) if weights.get("num_bits") == 8 else None
+            quant = kind and f"{kind}_{'w8a8' if inputs else 'w8a16'}"
+            block = weights.get("block_structure") if weights.get("strategy") == "block" else None
+            if quant in QUANTS:
+                return quant, tuple(block) if block else None
+    raise ValueError(
+        f"quantisation {method!r} is none of {', '.join(QUANTS)}: its experts run on other kernels; "
+        "give --dtype bfloat16 to tune the unquantised layer"
+    )
+
+
+def model_target(model: str, dtype: str = "auto", block_shape: tuple[int, int] | None = None) -> Target:
+    """The MoE layer of a named model, or of a config.json or its folder.
+
+    Args:
+        dtype: one of DTYPES; "auto": as the model comes.
+        block_shape: of the scales, in place of the model's.
+
+    Raises:
+        ValueError: no such model or file, or a config that lacks sizes or has an unknown quantisation.
+    """
+    if model in MODELS:
+        layer, hidden_dtype = MODELS[model], "bfloat16"
+    else:
+        layer, hidden_dtype = _read(model, auto=dtype == "auto")
+    return target(layer, hidden_dtype if dtype == "auto" and layer.quant is None else dtype, block_shape)
+
+
+def target(layer: MoeLayer, dtype: str = "auto", block_shape: tuple[int, int] | None = None) -> Target:
+    """A layer in a dtype of DTYPES; "auto": the layer's own.
+
+    Raises:
+        ValueError: a block shape for weights that are not quantised.
+    """
+    if dtype != "auto":
+        quant = dtype if dtype in QUANTS else None
+        layer = replace(layer, quant=quant, block_shape=layer.block_shape if quant == layer.quant else None)
+    if block_shape:
+        if layer.quant is None:
+            raise ValueError("--block-shape is for quantised weights: give --dtype too")
+        layer = replace(layer, block_shape=block_shape)
+    return Target(layer, "bfloat16" if layer.quant or dtype == "auto" else dtype)
+
+
+def _read(model: str, auto: bool) -> tuple[MoeLayer, str]:
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--model {model!r} is neither a config.json, nor a folder with one, nor {', '.join(MODELS)}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    inner = config.get("text_config") or {}
+    config = {**config, **inner}
+    sizes = {
+        size: next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
+        for size, names in FIELDS.items()
+    }
+    if missing := [FIELDS[size][0] for size, value in sizes.items() if value is None]:
+        raise ValueError(f"{path} has no MoE layer, or lacks {', '.join(missing)}: give the sizes as options")
+    try:
+        quant, block_shape = quantisation(config) if auto else (None, None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    hidden_dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    layer = MoeLayer(**sizes, quant=quant, block_shape=block_shape)
+    return layer, hidden_dtype if hidden_dtype in DTYPES else "bfloat16"
+
+
+def sharded(layer: MoeLayer, tp: int = 1, ep: int = 1) -> MoeLayer:
+    """The layer as one of tp x ep GPUs sees it: tp cuts the intermediate size, ep the experts.
+
+    Raises:
+        ValueError: sizes that no layer has, or that tp or ep do not divide.
+    """
+    sizes = (tp, ep, layer.experts, layer.top_k, layer.hidden, layer.intermediate)
+    if min(sizes) < 1 or layer.top_k > (layer.global_experts or layer.experts):
+        raise ValueError(f"{layer.name}, hidden size {layer.hidden}, --tp {tp} --ep {ep}: no layer has such sizes")
+    if layer.intermediate % tp or layer.experts % ep:
+        raise ValueError(
+            f"--tp {tp} --ep {ep} do not divide {layer.experts} experts of intermediate size {layer.intermediate}"
+        )
+    return replace(
+        layer,
+        experts=layer.experts // ep,
+        intermediate=layer.intermediate // tp,
+        global_experts=layer.experts if ep > 1 else layer.global_experts,
+    )

@@ -1,0 +1,58 @@
+"""`fused_experts` runs the launch parameters that the lookup finds, whatever valid ones those are."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_ops import fused_experts, reference
+from moe_ops.kernels import gate_up, grouped_gemm, routing
+from ops_configs import moe
+from ops_configs.moe import LayerConfig, MoeConfig, MoeLayer
+
+
+def random_config():
+    block_m = random.choice(moe.TILE_ROWS)
+    gate_up, down = (
+        MoeConfig(block_m, random.choice((16, 32, 64)), random.choice((16, 32, 64)), 4, 2, random.choice((1, 3, 8)))
+        for _ in range(2)
+    )
+    permute, persistent = random.choice((False, True)), random.choice((False, True))
+    return LayerConfig(replace(gate_up, permute=permute), replace(down, persistent=persistent))
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["all experts", "expert map"])
+def test_the_kernels_get_what_was_found(monkeypatch, device, mapped):
+    experts, top_k, hidden, inner, tokens = 4, 2, 48, 40, random.randint(20, 90)
+    x = torch.randn(tokens, hidden, device=device, dtype=torch.float16)
+    w13 = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.float16) * hidden**-0.5
+    w2 = torch.randn(experts, hidden, inner, device=device, dtype=torch.float16) * inner**-0.5
+    ids = torch.rand(tokens, 6 if mapped else experts, device=device).argsort(1)[:, :top_k].int()
+    weights = torch.rand(tokens, top_k, device=device)
+    expert_map = torch.tensor([3, -1, 0, 1, -1, 2], device=device) if mapped else None
+    config, asked, used = random_config(), [], {}
+
+    def layer_config(layer, *batch):
+        asked.append((layer, *batch))
+        return config
+
+    def watch(module, name, position):
+        kernel = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            used[name] = args[position]
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    monkeypatch.setattr("moe_ops.launches.layer_config", layer_config)
+    watch(gate_up, "gate_up", 4)
+    watch(grouped_gemm, "grouped_gemm", 4)
+    watch(routing, "routing_plan", 2)
+    out = fused_experts(x, w13, w2, weights, ids, expert_map=expert_map)
+    layer = MoeLayer(experts, top_k, hidden, inner, global_experts=6 if mapped else None)
+    assert asked == [(layer, tokens, torch.float16, x.device)]
+    assert used == {"gate_up": config.gate_up, "grouped_gemm": config.down, "routing_plan": config.gate_up.block_m}
+    expected = reference.fused_experts(x.float(), w13, w2, weights, ids, expert_map=expert_map)
+    torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=0.004)
