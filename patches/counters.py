@@ -19,11 +19,11 @@ def hit(op: str) -> None:
     _hits[op] += 1
 
 
-def fallback(op: str, reason: str) -> None:
+def fallback(op: str, reason: str, library: str = "lora_ops") -> None:
     """Count one call of `op` that was left to the host; each (op, reason) is logged once, as a warning."""
     _fallbacks[op, reason] += 1
     if _fallbacks[op, reason] == 1:
-        logger.warning("lora_ops: %s falls back to the host: %s", op, reason)
+        logger.warning("%s: %s falls back to the host: %s", library, op, reason)
 
 
 def error(op: str, exc_type: type[BaseException] | str) -> None:

