@@ -5,6 +5,7 @@
     python benchmarks/ops_speed.py --quick               # a dozen cases
     python benchmarks/ops_speed.py --module qkv --rank 16 --tokens 64 --impl ours vllm_tuned
     python benchmarks/ops_speed.py --report              # the table and the plots again, from the CSV
+    python benchmarks/ops_speed.py --moe --help          # the MoE layers instead: see moe_speed.py
 
 Every implementation runs on the same random inputs and is compared with the fp32 reference; a speed is only taken,
 printed and stored after its check is green. Times are those of CUDA graphs that rotate over enough weights to find them
@@ -19,21 +20,15 @@ Exit status: 0 if every check passed, 1 if not.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import datetime
 import functools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -42,15 +37,14 @@ from baselines import IMPLS, Missing, interpreted
 from problem import DTYPES, Problem, make_problem, max_rel_error, reference, tolerance
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from running import RESULTS, append_rows, git_commit, progress_bar, read_rows, run_ahead, unusable_configs
 from shapes import DISTRIBUTIONS, GRID, MODELS, QUICK_GRID, TINY_GRID, Case, floor_us
 from timing import COLD_BYTES, H200_CEILINGS, Timing, capture, graph_time, measured_ceilings
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 GPU = torch.cuda.get_device_name() if ON_GPU else ""
-RESULTS = Path(__file__).resolve().parent / "results"
 CACHES = ("cold", "hot")
 CASE_COLUMNS = ["model", "module", "rank", "tokens", "adapters", "distribution", "dtype"]
 COLUMNS = [
@@ -81,6 +75,7 @@ class Result:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--moe", action="store_true", help="routed-experts layers, with options of their own: --moe --help")
     add("--quick", action="store_true", help="rank 16 and (tokens, adapters) (1, 1), (64, 32), (8192, 8) only")
     add("--model", choices=MODELS, help="default: llama3-8b on a GPU, tiny without")
     add("--module", nargs="+", choices=("qkv", "o", "gate_up", "down"), metavar="NAME", help="qkv, o, gate_up, down")
@@ -168,16 +163,6 @@ def compile_jobs(cases: list[Case], impls: list) -> list[tuple[str, Case, list]]
     return jobs
 
 
-@contextlib.contextmanager
-def unusable_configs() -> Iterator[None]:
-    """Pass over a config that does not compile or needs more than the GPU has; errors of the GPU itself go on."""
-    try:
-        yield
-    except Exception as error:
-        if "CUDA error" in str(error):
-            raise
-
-
 def compile_job(name: str, case: Case, configs: list) -> None:
     impl = load(name)
     problem = make_problem(case, DEVICE, cold_bytes=0, seed=0)
@@ -190,25 +175,7 @@ def compile_job(name: str, case: Case, configs: list) -> None:
 
 def compile_ahead(cases: list[Case], impls: list, workers: int, deadline: float, say: Callable[[str], None]) -> None:
     jobs = compile_jobs(cases, [impl for impl in impls if impl.name != "torch"])
-    if not workers or len(jobs) < 4:
-        return
-    start = time.monotonic()
-    say(f"compiling ahead: {len(jobs)} jobs in {workers} processes")
-    failures = []
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        futures = [pool.submit(compile_job, *job) for job in jobs]
-        for future in as_completed(futures, timeout=max(deadline - start, 1) if math.isfinite(deadline) else None):
-            if error := future.exception():
-                failures.append(f"{type(error).__name__}: {error}")
-    except (TimeoutError, BrokenProcessPool) as error:
-        failures.append(type(error).__name__)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    say(
-        f"compiled in {time.monotonic() - start:.0f} s"
-        + (f"; {len(failures)} failed: {escape(failures[0])}" if failures else "")
-    )
+    run_ahead(compile_job, jobs, workers, deadline, say)
 
 
 def check(run: Callable[[int], None], problem: Problem, expected: torch.Tensor) -> float:
@@ -264,15 +231,6 @@ def run_case(case: Case, impls: list, options: argparse.Namespace, ceilings: tup
         yield Result(case, impl.name, impl.version, error, config, timings, floor, failure)
 
 
-def git_commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return "unknown"
-
-
 def case_columns(case: Case, impl: str) -> dict[str, str]:
     columns = {
         "model": case.model,
@@ -315,24 +273,6 @@ def rows_of(result: Result, caches: list[str], commit: str) -> list[dict[str, st
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
     """What a row is about: a later row with the same key replaces an earlier one in tables and plots."""
     return tuple(row[column] for column in (*CASE_COLUMNS, "impl", "cache"))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise SystemExit(f"{path} has other columns than this version writes: move it away")
-        return list(reader)
-
-
-def append_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def cell(row: dict[str, str] | None) -> str:
@@ -378,11 +318,6 @@ def results_table(rows: list[dict[str, str]]) -> Table:
     return table
 
 
-def progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
 def measure_all(
     cases: list[Case],
     impls: list,
@@ -394,7 +329,7 @@ def measure_all(
 ) -> tuple[list[dict[str, str]], int]:
     """Rows of all cases, stored as they come, and how many checks were red."""
     commit = options.commit or git_commit()
-    stored = read_rows(path) if path and path.exists() else []
+    stored = read_rows(path, COLUMNS) if path and path.exists() else []
     done = {key_of(row) for row in stored if row["commit"] == commit and row["us"]}
     all_rows, red = [], 0
     start = time.monotonic()
@@ -415,7 +350,7 @@ def measure_all(
                 rows = rows_of(result, options.cache, commit)
                 all_rows += rows
                 if path:
-                    append_rows(path, rows)
+                    append_rows(path, COLUMNS, rows)
                 line += f"  {result.impl} {cell(rows[0])}"
                 if not result.green:
                     red += 1
@@ -445,6 +380,11 @@ def report(rows: list[dict[str, str]], folder: Path | None, console: Console) ->
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--moe" in argv:
+        import moe_speed
+
+        return moe_speed.main([word for word in argv if word != "--moe"])
     options = parse(argv)
     start = time.monotonic()
     deadline = start + options.time_limit
@@ -456,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         if path is None:
             raise SystemExit("--report needs --out, the folder of the CSV, where there is no GPU")
-        report(list({key_of(row): row for row in read_rows(path)}.values()), out, console)
+        report(list({key_of(row): row for row in read_rows(path, COLUMNS)}.values()), out, console)
         return 0
 
     cases = choose_cases(options)

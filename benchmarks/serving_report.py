@@ -1,4 +1,4 @@
-"""The CSV of benchmarks/serving_vllm.py, its table and its plots."""
+"""The CSV of benchmarks/serving_vllm.py and serving_sglang.py, its table and its plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMES = ["ttft_ms", "ttft_p99_ms", "tpot_ms", "tpot_p99_ms", "itl_ms", "itl_p99_
 PLACE = ["model", "tp", "gpu", "versions"]
 """What two rows must share before their speeds may be compared."""
 KEY = ["model", *SERVER, *TRAFFIC, *LOAD, "gpu", "versions"]
-COLUMNS = ["model", *TRAFFIC, *LOAD, "variant", "output_tok_s", *TIMES, "retention"]
+COLUMNS = ["model", *TRAFFIC, *LOAD, "variant", "output_tok_s", "input_tok_s", *TIMES, "retention"]
 COLUMNS += ["tp", "max_loras", "max_rank", "requests", "duration_s", "start_s", "gpu", "versions", "commit", "date"]
 TEXT = ["model", "distribution", "variant", "gpu", "versions", "commit", "date"]
 
@@ -67,7 +67,7 @@ def table(rows: pd.DataFrame, title: str) -> Table:
     result = Table(title=title, title_justify="left")
     for name in ("load", "adapters", "variant", "max_loras"):
         result.add_column(name, justify="left" if name != "max_loras" else "right")
-    for name in ("output tok/s", "retention", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99"):
+    for name in ("output tok/s", "input tok/s", "retention", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99"):
         result.add_column(name, justify="right")
     rows = newest(rows)
     rows = rows.assign(order=rows["variant"].map({name: i for i, name in enumerate(COLOURS)}))
@@ -79,7 +79,8 @@ def table(rows: pd.DataFrame, title: str) -> Table:
         for row in group.to_dict("records"):
             traffic = f"{row['distribution']} {row['adapters']} x r{row['rank']}" if row["adapters"] else "none"
             colour = {"patched": "bold", "base": "dim"}.get(row["variant"], "")
-            cells = [name, traffic, row["variant"], str(row["max_loras"] or "-"), f"{row['output_tok_s']:,.0f}"]
+            cells = [name, traffic, row["variant"], str(row["max_loras"] or "-")]
+            cells += [f"{row[column]:,.0f}" for column in ("output_tok_s", "input_tok_s")]
             cells.append("-" if pd.isna(row["retention"]) else f"{row['retention']:.1%}")
             result.add_row(*cells, *(f"{row[time]:,.2f}" for time in TIMES), style=colour)
             name = ""
@@ -120,7 +121,8 @@ def save(figure, axes, path: Path) -> Path:
 
 
 def draw(path: Path) -> list[Path]:
-    """Write the plots beside the CSV: retention by concurrency, TPOT by number of adapters and by rank.
+    """Write the plots beside the CSV: retention by concurrency, TPOT by number of adapters and by rank; without LoRA
+    output tokens/s and TPOT by concurrency.
 
     One of each kind for every model and tp (and adapters, rank, max_loras or load) that has two points or more.
     """
@@ -128,9 +130,21 @@ def draw(path: Path) -> list[Path]:
     closed = rows[rows["concurrency"] != float("inf")]
     written = []
     for (model, tp, gpu), part in closed.groupby(["model", "tp", "gpu"], sort=False):
-        about, stem = f"{gpu}, {model}, tp {tp}", f"serving_vllm_{model}_tp{tp}"
-        with_lora = part[part["variant"] != "base"]
+        about, stem = f"{gpu}, {model}, tp {tp}", f"{path.stem}_{model}_tp{tp}"
+        with_lora = part[(part["variant"] != "base") & (part["max_loras"] > 0)]
         adapted = with_lora[with_lora["adapters"] > 0]
+
+        plain = part[part["max_loras"] == 0]
+        for (tokens_in, tokens_out), same in plain.groupby(["input_len", "output_len"]):
+            if same["variant"].nunique() < 2 or same["concurrency"].nunique() < 2:
+                continue
+            for column, label in (("output_tok_s", "output tokens/s"), ("tpot_ms", "ms per output token, median")):
+                title = f"{about}: {tokens_in} + {tokens_out} tokens"
+                figure, axes = axes_of(title, "requests at once", label, same["concurrency"])
+                for variant, points in same.groupby("variant"):
+                    line(axes, points, "concurrency", column, variant, variant)
+                name = f"{stem}_{column.removesuffix('_ms')}_{tokens_in}+{tokens_out}.png"
+                written.append(save(figure, axes, path.parent / name))
 
         for (adapters, rank, slots, tokens_in, tokens_out), same in adapted.dropna(subset=["retention"]).groupby(
             ["adapters", "rank", "max_loras", "input_len", "output_len"]

@@ -1,4 +1,4 @@
-"""A `vllm serve` for benchmarks/serving_vllm.py: started, waited for, warmed, checked and stopped for certain.
+"""A server of a serving benchmark: started, waited for, warmed, checked and stopped for certain.
 
 with running_server(setting, command, env, log, timeout) as server:
     server.warm_up([...], ...)
@@ -32,6 +32,21 @@ HOST = "127.0.0.1"
 TAIL_LINES = 40
 STOP_S = 30
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a proxy has no part in this
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A patch as status files show it: its key there, how the names of its kernels' ops begin, and the op that counts
+    steps; empty where steps that replay CUDA graphs are not counted at all."""
+
+    key: str
+    ops: str
+    steps: str = ""
+
+
+LORA = Watched("vllm", "lora_", "update_metadata")
+VLLM_MOE = Watched("vllm_moe", "fused_experts")
+SGLANG_MOE = Watched("sglang_moe", "fused_experts")
 
 
 class ServerError(RuntimeError):
@@ -89,31 +104,33 @@ def name_vllm(folder: Path) -> Path | None:
     return folder
 
 
-def lora_hits(process: dict) -> int:
+def kernel_hits(process: dict, watched: Watched = LORA) -> int:
     """Calls of our kernels in one process of `state.processes()`."""
-    return sum(count for op, count in process["vllm"]["counters"]["hit"].items() if op.startswith("lora_"))
+    return sum(n for op, n in process[watched.key]["counters"]["hit"].items() if op.startswith(watched.ops))
 
 
-def steps(processes: list[dict]) -> int:
+def steps(processes: list[dict], watched: Watched = LORA) -> int:
     """Steps whose metadata went through our wrapper, over all processes; CUDA graphs replay kernels uncounted."""
-    return sum(process["vllm"]["counters"]["hit"].get("update_metadata", 0) for process in processes)
+    return sum(process[watched.key]["counters"]["hit"].get(watched.steps, 0) for process in processes)
 
 
-def faults(variant: str, processes: list[dict], workers: int) -> list[str]:
+def faults(variant: str, processes: list[dict], workers: int, watched: Watched = LORA) -> list[str]:
     """What shows that a server did not run as its variant says.
 
     `processes`: those of `state.processes()`. `workers`: how many of them must have called our kernels, one a GPU.
     """
-    ours = [process for process in processes if lora_hits(process)]
+    ours = [process for process in processes if kernel_hits(process, watched)]
     if variant != "patched":
-        found = [f"process {process['pid']} called our kernels {lora_hits(process)} times" for process in ours]
-        patched = [process["pid"] for process in processes if process["vllm"]["patched"]]
+        found = [
+            f"process {process['pid']} called our kernels {kernel_hits(process, watched)} times" for process in ours
+        ]
+        patched = [process["pid"] for process in processes if process[watched.key]["patched"]]
         return [f"the {variant} server: {fault}" for fault in found] + [f"process {pid} is patched" for pid in patched]
     found = []
     if len(ours) < workers:
         found.append(f"our kernels were called in {len(ours)} of {workers} workers")
     for process in processes:
-        status = process["vllm"]
+        status = process[watched.key]
         if not status["patched"]:
             found.append(f"process {process['pid']} is not patched: {status['reasons']}")
         for kind in ("fallback", "error"):
@@ -123,10 +140,19 @@ def faults(variant: str, processes: list[dict], workers: int) -> list[str]:
 
 
 class Server:
-    """A running server. `workers`: its processes that run the model."""
+    """A running server. `workers`: its processes that run the model; `watched`: the patch that it may have."""
 
-    def __init__(self, setting: Setting, process: subprocess.Popen, port: int, log: Path, workers: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        process: subprocess.Popen,
+        port: int,
+        log: Path,
+        workers: int,
+        watched: Watched = LORA,
+    ) -> None:
         self.setting, self.process, self.port, self.log, self.workers = setting, process, port, log, workers
+        self.watched = watched
         self.start_s = float("nan")
         self._steps = 0
 
@@ -187,16 +213,17 @@ class Server:
     def check(self, moved: bool = True) -> None:
         """Check from the status files that the server is what its variant says.
 
-        `moved`: requests with adapters ran since the last check, so that a patched worker must have made new steps.
+        `moved`: requests with adapters ran since the last check, so that a patched worker must have made new steps,
+        where the patch counts them.
 
         Raises:
             ServerError: it is not.
         """
         time.sleep(1.2 * state.INTERVAL_S)  # a status file lags its process by at most one interval
-        processes = [process for process in state.processes() if "vllm" in process]
-        found = faults(self.setting.variant, processes, self.workers)
-        if self.setting.variant == "patched" and not found:
-            before, self._steps = self._steps, steps(processes)
+        processes = [process for process in state.processes() if self.watched.key in process]
+        found = faults(self.setting.variant, processes, self.workers, self.watched)
+        if self.setting.variant == "patched" and self.watched.steps and not found:
+            before, self._steps = self._steps, steps(processes, self.watched)
             if moved and self._steps <= before:
                 found.append(f"no step went through our wrapper since the last check ({before} before)")
         if found:
@@ -216,9 +243,15 @@ def stop(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def running_server(
-    setting: Setting, command: list[str], env: dict[str, str], log: Path, timeout: float, workers: int = 1
+    setting: Setting,
+    command: list[str],
+    env: dict[str, str],
+    log: Path,
+    timeout: float,
+    workers: int = 1,
+    watched: Watched = LORA,
 ) -> Iterator[Server]:
-    """Start `command` (of `vllm serve`, without host and port), yield it when it is healthy, and stop it in the end.
+    """Start `command` (without host and port), yield it when it is healthy, and stop it in the end.
 
     Raises:
         ServerError: see `Server.wait`.
@@ -235,7 +268,7 @@ def running_server(
             start_new_session=True,
         )
     try:
-        server = Server(setting, process, port, log, workers)
+        server = Server(setting, process, port, log, workers, watched)
         server.wait(timeout)
         yield server
     finally:

@@ -1,4 +1,4 @@
-"""What benchmarks/serving_vllm.py sends: which adapters, at which load, and the `vllm bench serve` that sends it."""
+"""What the serving benchmarks send: which adapters, at which load, and the host's own client that sends it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def client_command(model: Path, port: int, traffic: Traffic, load: Load, request
 
 
 def measured(result: dict, requests: int, output_len: int) -> dict[str, float]:
-    """The columns of a result of `vllm bench serve`: tokens a second, medians and 99th percentiles in ms.
+    """The columns of a result of either client: tokens a second, medians and 99th percentiles in ms.
+
+    input_tok_s is the prefill's where one token is generated for each request.
 
     Raises:
         ClientError: requests failed, or answers are shorter than asked for.
@@ -110,15 +112,28 @@ def measured(result: dict, requests: int, output_len: int) -> dict[str, float]:
     if result["total_output_tokens"] != requests * output_len:
         raise ClientError(f"{result['total_output_tokens']} tokens came for {requests} requests of {output_len}")
     columns = {"output_tok_s": result["output_throughput"], "duration_s": result["duration"]}
+    columns["input_tok_s"] = result["total_input_tokens"] / result["duration"]
     for metric in ("ttft", "tpot", "itl"):
         columns |= {f"{metric}_ms": result[f"median_{metric}_ms"], f"{metric}_p99_ms": result[f"p99_{metric}_ms"]}
     return columns
 
 
 def run_client(
-    server: Server, model: Path, traffic: Traffic, load: Load, requests: int, env: dict[str, str], timeout: float
+    server: Server,
+    model: Path,
+    traffic: Traffic,
+    load: Load,
+    requests: int,
+    env: dict[str, str],
+    timeout: float,
+    name: str = "vllm bench serve",
+    command_of=client_command,
 ) -> dict[str, float]:
-    """Run `vllm bench serve` once; returns the columns of `measured`.
+    """Run a client once, vLLM's unless told otherwise; returns the columns of `measured`.
+
+    Args:
+        name: of the client, for messages.
+        command_of: makes its command, with the arguments of `client_command`.
 
     Raises:
         ClientError: it failed, or requests did. It may take `timeout` s. ServerError: the server ended.
@@ -126,8 +141,8 @@ def run_client(
     log = server.log.with_suffix(".client.log")
     result = server.log.with_suffix(".client.json")
     result.unlink(missing_ok=True)
-    command = client_command(model, server.port, traffic, load, requests, result)
-    what = f"`vllm bench serve`, {traffic}, {load}, against the {server.setting} server"
+    command = command_of(model, server.port, traffic, load, requests, result)
+    what = f"`{name}`, {traffic}, {load}, against the {server.setting} server"
     with log.open("w") as out:
         try:
             done = subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, timeout=timeout)

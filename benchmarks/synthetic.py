@@ -1,4 +1,4 @@
-"""Synthetic Llama and Qwen3 checkpoints, tokenizers and LoRA adapters: random weights in real file formats.
+"""Synthetic Llama, Qwen3 and Qwen3-MoE checkpoints, tokenizers and LoRA adapters: random weights in real file formats.
 
     write_tokenizer(folder, vocab_size)        tokenizer.json, tokenizer_config.json
     write_config(folder, shape)                config.json and the tokenizer: enough for `--load-format dummy`
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
 CORPUS = Path(__file__).resolve().parent.parent / "LICENSE"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -26,7 +26,10 @@ VOCABULARY = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama or Qwen3 model; counts and element numbers throughout. `head_dim` defaults to hidden / heads."""
+    """Sizes of a Llama or Qwen3 model; counts and element numbers throughout. `head_dim` defaults to hidden / heads.
+
+    With `experts` each layer has that many experts of size `intermediate`, `top_k` of them for a token, and a router.
+    """
 
     hidden: int
     intermediate: int
@@ -37,6 +40,8 @@ class LlamaShape:
     max_length: int = 2048
     head_dim: int = 0
     architecture: str = "llama"
+    experts: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -53,6 +58,7 @@ class LlamaShape:
             "gate_proj": (self.intermediate, self.hidden),
             "up_proj": (self.intermediate, self.hidden),
             "down_proj": (self.hidden, self.intermediate),
+            "gate": (self.experts, self.hidden),
             "embed_tokens": (self.vocab, self.hidden),
             "lm_head": (self.vocab, self.hidden),
         }[module]
@@ -61,6 +67,15 @@ class LlamaShape:
         """Name of a layer's module in the checkpoint."""
         return f"model.layers.{layer}.{'self_attn' if module in ATTENTION else 'mlp'}.{module}"
 
+    def modules(self, layer: int) -> dict[str, str]:
+        """Name in the checkpoint and kind of every linear module of a layer; the router is the module `gate`."""
+        if not self.experts:
+            return {self.path(layer, module): module for module in (*ATTENTION, *MLP)}
+        found = {self.path(layer, module): module for module in (*ATTENTION, "gate")}
+        for expert in range(self.experts):
+            found |= {self.path(layer, f"experts.{expert}.{module}"): module for module in MLP}
+        return found
+
 
 TINY = LlamaShape(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=2, vocab=512)
 LLAMA3_8B = LlamaShape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256, max_length=8192)
@@ -68,12 +83,38 @@ LLAMA3_70B = LlamaShape(hidden=8192, intermediate=28672, layers=80, heads=64, kv
 _QWEN3 = {"kv_heads": 8, "vocab": 151936, "max_length": 8192, "head_dim": 128, "architecture": "qwen3"}
 QWEN3_8B = LlamaShape(hidden=4096, intermediate=12288, layers=36, heads=32, **_QWEN3)
 QWEN3_32B = LlamaShape(hidden=5120, intermediate=25600, layers=64, heads=64, **_QWEN3)
+TINY_MOE = LlamaShape(
+    hidden=256,
+    intermediate=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    vocab=512,
+    architecture="qwen3_moe",
+    experts=8,
+    top_k=2,
+)
+QWEN3_30B_A3B = LlamaShape(
+    hidden=2048,
+    intermediate=768,
+    layers=48,
+    heads=32,
+    kv_heads=4,
+    vocab=151936,
+    max_length=8192,
+    head_dim=128,
+    architecture="qwen3_moe",
+    experts=128,
+    top_k=8,
+)
 SHAPES = {
     "tiny": TINY,
     "llama3-8b": LLAMA3_8B,
     "llama3-70b": LLAMA3_70B,
     "qwen3-8b": QWEN3_8B,
     "qwen3-32b": QWEN3_32B,
+    "tiny-moe": TINY_MOE,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
 }
 
 
@@ -105,9 +146,19 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 def write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype = torch.float32) -> None:
     """Write all of a checkpoint but its weights: the configuration and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    config_class, name = {"llama": (LlamaConfig, "LlamaForCausalLM"), "qwen3": (Qwen3Config, "Qwen3ForCausalLM")}[
-        shape.architecture
-    ]
+    config_class, name = {
+        "llama": (LlamaConfig, "LlamaForCausalLM"),
+        "qwen3": (Qwen3Config, "Qwen3ForCausalLM"),
+        "qwen3_moe": (Qwen3MoeConfig, "Qwen3MoeForCausalLM"),
+    }[shape.architecture]
+    experts = {}
+    if shape.experts:
+        experts = {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.top_k,
+            "moe_intermediate_size": shape.intermediate,
+            "norm_topk_prob": True,
+        }
     config = config_class(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -122,6 +173,7 @@ def write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype = torch.flo
         pad_token_id=1,
         dtype=dtype,
         architectures=[name],
+        **experts,
     )
     config.save_pretrained(folder)
     write_tokenizer(folder, shape.vocab)
@@ -150,10 +202,10 @@ def write_model(
         index.update(dict.fromkeys(tensors, name))
 
     for layer in range(shape.layers):
-        tensors = {f"{shape.path(layer, module)}.weight": linear(module) for module in (*ATTENTION, *MLP)}
+        tensors = {f"{path}.weight": linear(module) for path, module in shape.modules(layer).items()}
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = norm()
         tensors[f"model.layers.{layer}.post_attention_layernorm.weight"] = norm()
-        if shape.architecture == "qwen3":
+        if shape.architecture != "llama":
             for name in ("q_norm", "k_norm"):
                 tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = norm(shape.head_dim)
         save(layer, tensors)

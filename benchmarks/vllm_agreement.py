@@ -380,11 +380,14 @@ def run_reference(options: argparse.Namespace) -> dict:
 # Running the variants
 
 
-def environment(variant: str, options: argparse.Namespace) -> dict[str, str]:
-    env = dict(os.environ)
-    env.pop("LORA_OPS_VLLM", None)
+SWITCHES = ("LORA_OPS_VLLM", "MOE_OPS_VLLM", "MOE_OPS_SGLANG")
+
+
+def environment(variant: str, options: argparse.Namespace, switch: str = "LORA_OPS_VLLM") -> dict[str, str]:
+    """Of a variant's processes; `switch`, one of SWITCHES, patches the patched one."""
+    env = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     if variant == "patched":
-        env["LORA_OPS_VLLM"] = "1"
+        env[switch] = "1"
     if options.tp > 1:
         env |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_NVLS_ENABLE": "0"}
     return env | {

@@ -77,7 +77,7 @@ def test_bad_arguments_are_named(words, message, capsys):
 
 
 def test_large_models_need_a_gpu(monkeypatch):
-    monkeypatch.setattr(sv, "look_at_machine", lambda commit: dataclasses.replace(MACHINE, gpu="CPU"))
+    monkeypatch.setattr(sv, "look_at_machine", lambda *args: dataclasses.replace(MACHINE, gpu="CPU"))
     with pytest.raises(SystemExit, match="--model tiny"):
         sv.main([])
 
@@ -121,6 +121,7 @@ def client_result(requests: int, tokens: int) -> dict:
     return times | {
         "completed": requests,
         "total_output_tokens": requests * tokens,
+        "total_input_tokens": 40,
         "output_throughput": 5.0,
         "duration": 1.0,
     }

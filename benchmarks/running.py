@@ -1,0 +1,90 @@
+"""What the op benchmarks share: the CSV they write, the processes that compile ahead, the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return "unknown"
+
+
+def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != columns:
+            raise SystemExit(f"{path} has other columns than this version writes: move it away")
+        return list(reader)
+
+
+def append_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def unusable_configs() -> Iterator[None]:
+    """Pass over a config that does not compile or needs more than the GPU has; errors of the GPU itself go on."""
+    try:
+        yield
+    except Exception as error:
+        if "CUDA error" in str(error):
+            raise
+
+
+def run_ahead(
+    job: Callable, jobs: list[tuple], workers: int, deadline: float, say: Callable[[str], None], least: int = 4
+) -> None:
+    """job(*arguments) for each of `jobs` in processes of their own, whose binaries stay in Triton's cache on disk.
+
+    Nothing is lost when one fails: what it was to compile is compiled later. Fewer than `least` take no process.
+    """
+    if not workers or len(jobs) < least:
+        return
+    start = time.monotonic()
+    say(f"compiling ahead: {len(jobs)} jobs in {workers} processes")
+    failures = []
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        futures = [pool.submit(job, *arguments) for arguments in jobs]
+        for future in as_completed(futures, timeout=max(deadline - start, 1) if math.isfinite(deadline) else None):
+            if error := future.exception():
+                failures.append(f"{type(error).__name__}: {error}")
+    except (TimeoutError, BrokenProcessPool) as error:
+        failures.append(type(error).__name__)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    say(
+        f"compiled in {time.monotonic() - start:.0f} s"
+        + (f"; {len(failures)} failed: {escape(failures[0])}" if failures else "")
+    )
