@@ -35,8 +35,9 @@ TILE_ROWS = (16, 32, 64, 128)
 """Rows of a tile that the kernels take."""
 MIN_PROGRAMS = 264
 """Programs that fill a GPU: two for each of the 132 multiprocessors of an H200."""
-DIRECT_TOKENS = 2
-"""Tokens of a batch that runs choice by choice, at most: choices of more share experts, which a tile reads once."""
+DIRECT_TOKENS, DIRECT_EXPERTS = 4, 4
+"""Tokens of a batch that runs choice by choice, at most, and experts for each of its choices, at least, but for a lone
+token: where choices share an expert, a tile reads it once. Measured on an H200."""
 DIRECT_BLOCK_K, DIRECT_STEPS = 512, 64
 """Elements of K that such a program reads at a time, and such steps over all experts of a token, at most."""
 PERMUTE_COLUMNS = 2048
@@ -181,17 +182,17 @@ def token_bucket(tokens: int) -> int:
 def tile_rows(tokens: int, experts: int, top_k: int, itemsize: int = 2) -> int:
     """Rows of a tile for a batch: small while experts get few rows each, large where the products dominate."""
     rows_per_expert = tokens * top_k / experts
-    if rows_per_expert <= 6:
+    if rows_per_expert <= 8:
         return 16
-    if rows_per_expert <= 24:
-        return 32
-    return 64 if rows_per_expert <= 96 or itemsize > 2 else 128
+    return 64 if rows_per_expert <= 24 or itemsize > 2 else 128
 
 
 def runs_direct(layer: MoeLayer, tokens: int) -> bool:
     """Whether a batch runs choice by choice, without a plan; it then has no launch parameters to choose."""
     steps = layer.top_k * -(-layer.intermediate // DIRECT_BLOCK_K)
-    return layer.quant is None and tokens <= DIRECT_TOKENS and steps <= DIRECT_STEPS
+    experts = layer.global_experts or layer.experts
+    alone = tokens == 1 or (tokens <= DIRECT_TOKENS and DIRECT_EXPERTS * tokens * layer.top_k <= experts)
+    return layer.quant is None and alone and steps <= DIRECT_STEPS
 
 
 def shared_memory(config: MoeConfig, products: int, itemsize: int) -> int:
@@ -224,7 +225,7 @@ def moe_default(
     if itemsize == 2 and block_m == 64:
         return MoeConfig(block_m, min(128 // products, padded(n)), min(64, padded(k)), 4, 4, 1)
     if itemsize == 2 and block_m == 32:
-        return MoeConfig(block_m, min(128 // products, padded(n)), min(128, padded(k)), 4, 4, 1)
+        return MoeConfig(block_m, 64, min(256 // products, padded(k)), 4, 3, 1)
     tiles = min(tokens * top_k, experts)
     block_n = (64 if itemsize == 2 else 128) // products
     while block_n > 16 and tiles * -(-n // block_n) < MIN_PROGRAMS:

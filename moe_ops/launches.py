@@ -3,8 +3,8 @@
 few tokens   gate_up choice by choice -> down over the experts of a token (kernels/direct.py)
 else         plan -> [quantise or permute rows] -> gate_up with activation -> [quantise] -> down -> combine
 
-On compute capability 9.0 and later each of gate_up, down and combine is set up under the tail of the launch before it
-(PDL): every program waits for that launch before it reads anything, and only then lets the next one start.
+On compute capability 9.0 and later each launch but the first is set up under the tail of the one before it (PDL): every
+program waits for that launch before it reads anything, and only then lets the next one start.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def run_planned(
     experts, width, inner = w2.shape
     choices = topk_ids.numel()
     pdl = _supports_pdl(hidden.device)
-    plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map)
+    plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map, pdl=pdl)
     weights = topk_weights.reshape(-1)
     on_input, on_output = (weights, None) if apply_router_weight_on_input else (None, weights)
 
@@ -159,4 +159,5 @@ def compile_layer(w13, w2, top_k: int, dtype: torch.dtype, **options) -> None:
         run_direct(*arguments, **options)
     for config in dict.fromkeys(layer_config(layer, tokens, dtype, device) for tokens in TOKENS):
         run_planned(*arguments, config, **options)
-        routing_plan(ids.expand(CHUNK // top_k + 1, -1), w2.shape[0], config.gate_up.block_m, options["expert_map"])
+        many = ids.expand(CHUNK // top_k + 1, -1)
+        routing_plan(many, w2.shape[0], config.gate_up.block_m, options["expert_map"], pdl=_supports_pdl(device))

@@ -4,7 +4,7 @@ topk_ids -> gate_up: act(w13[expert of choice] @ x[token]) -> down: sum over k o
 
 Shapes: x [M, K], w13 [E, 2N or N, K], h [C, N] in the order of the choices (choice = token * top_k + k), w2 [E, K, N],
 out [M, K]. Products are matrix-vector products in fp32 on CUDA cores: so few rows are bound by reading the weights,
-which a choice reads for itself (choices of one expert run side by side and share them in L2).
+which each choice does for itself.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def gate_up_direct_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (choices, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[choice]; none without expert."""
+    """Grid: (ceil(N / BLOCK_N), choices). A program owns BLOCK_N columns of out[choice]; none without expert."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # down may come to the multiprocessors that this leaves
-    choice = tl.program_id(0)
+    choice = tl.program_id(1)
     expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
     if expert == EXPERTS:
         return
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     live = columns < N
     EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
@@ -122,35 +122,39 @@ def down_direct_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (tokens, ceil(N / BLOCK_N)). A program owns BLOCK_N columns of out[token]: its experts in turn."""
-    token = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Grid: (ceil(N / BLOCK_N), tokens). A program owns BLOCK_N columns of out[token]: its experts in turn.
+
+    Products of all experts add up in the same places, weighted, and are summed up once.
+    """
+    token = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     live = columns < N
-    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
     block = columns[:, None].to(tl.int64) * row_stride + ks[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()  # for h
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    biases = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.static_range(TOP_K):
         choice = token * TOP_K + k
         expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
-        if expert < EXPERTS:
-            w_pointers = w_ptr + expert.to(tl.int64) * expert_stride + block
-            h_pointers = h_ptr + choice.to(tl.int64) * K + ks
-            sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-            for k0 in tl.static_range(0, K, BLOCK_K):
-                h = tl.load(h_pointers + k0, mask=ks < K - k0, other=0.0).to(tl.float32)[None, :]
-                sums += h * load_block(w_pointers, k0, live, ks, K, BLOCK_K, EVEN)
-            y = tl.sum(sums, 1)
-            if bias_ptr is not None:
-                bias = expert.to(tl.int64) * bias_expert_stride + columns * bias_stride
-                y += tl.load(bias_ptr + bias, mask=live, other=0.0).to(tl.float32)
-            if weights_ptr is not None:
-                y *= tl.load(weights_ptr + choice).to(tl.float32)
-            total += y
+        here = expert < EXPERTS
+        expert = tl.where(here, expert, 0).to(tl.int64)
+        weight = 1.0
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + choice, mask=here, other=0.0).to(tl.float32)
+        w_pointers = w_ptr + expert * expert_stride + block
+        h_pointers = h_ptr + choice.to(tl.int64) * K + ks
+        for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
+            some = ks < tl.where(here, K - k0, 0)
+            h = weight * tl.load(h_pointers + k0, mask=some, other=0.0).to(tl.float32)
+            w = tl.load(w_pointers + k0, mask=live[:, None] & some[None, :], other=0.0)
+            sums += h[None, :] * w.to(tl.float32)
+        if bias_ptr is not None:
+            bias = expert * bias_expert_stride + columns * bias_stride
+            biases += weight * tl.load(bias_ptr + bias, mask=columns < tl.where(here, N, 0), other=0.0).to(tl.float32)
     out = out_ptr + token.to(tl.int64) * N + columns
-    tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out, (scaling * (tl.sum(sums, 1) + biases)).to(out_ptr.dtype.element_ty), mask=live)
 
 
 def fused_experts_direct(
@@ -193,7 +197,7 @@ def fused_experts_direct(
         "launch_pdl": pdl,
     }
     h = x.new_empty(ids.shape[0], inner)
-    gate_up_direct_kernel[(ids.shape[0], triton.cdiv(inner, GATE_UP_COLUMNS))](
+    gate_up_direct_kernel[(triton.cdiv(inner, GATE_UP_COLUMNS), ids.shape[0])](
         x,
         gate,
         up,
@@ -217,7 +221,7 @@ def fused_experts_direct(
         BLOCK_K=min(DIRECT_BLOCK_K, triton.next_power_of_2(width)),
         **constants | {"launch_pdl": False},
     )
-    down_direct_kernel[(out.shape[0], triton.cdiv(width, DOWN_COLUMNS))](
+    down_direct_kernel[(triton.cdiv(width, DOWN_COLUMNS), out.shape[0])](
         h,
         w2,
         bias2_ptr,

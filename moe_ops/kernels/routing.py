@@ -1,4 +1,4 @@
-"""The routing plan in one launch (two above 1024 choices), array for array that of `moe_ops.routing_plan`.
+"""The routing plan in one launch (three above 1024 choices), array for array that of `moe_ops.routing_plan`.
 
 experts of all choices -> counts -> starts -> row of each choice = start + choices of the expert before it -> tiles
 
@@ -20,7 +20,8 @@ BLOCK = 128
 """Choices that a program places."""
 CHUNK = 1024
 """Choices that a program counts."""
-CHUNKS_A_STEP = 8
+SCAN_BINS, SCAN_CHUNKS = 16, 128
+"""Experts that a program scans, and chunks in a step."""
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS: tl.constexpr, 
 def count_kernel(
     ids_ptr,  # [C]
     expert_map_ptr,  # [GLOBAL_EXPERTS] or None
-    chunk_counts_ptr,  # int32 [ceil(C / CHUNK), BINS]
+    chunk_counts_ptr,  # int32 [chunks + 1, BINS]
     num_choices,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
@@ -51,6 +52,31 @@ def count_kernel(
     tl.store(chunk_counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=mask))
 
 
+@triton.jit(do_not_specialize=["num_chunks"])
+def scan_kernel(
+    chunk_counts_ptr,  # int32 [chunks + 1, BINS]
+    num_chunks,
+    BINS: tl.constexpr,
+    SCAN_BINS: tl.constexpr,
+    SCAN_CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (BINS / SCAN_BINS,). A program owns SCAN_BINS experts: counts of the chunks before each, then of all."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pointers = chunk_counts_ptr + tl.program_id(0) * SCAN_BINS + tl.arange(0, SCAN_BINS)
+    total = tl.zeros((SCAN_BINS,), tl.int32)
+    for first in range(0, num_chunks, SCAN_CHUNKS):
+        chunks = first + tl.arange(0, SCAN_CHUNKS)
+        rows = pointers[None, :] + chunks[:, None] * BINS
+        mask = (chunks < num_chunks)[:, None]
+        counts = tl.load(rows, mask=mask, other=0)
+        tl.store(rows, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(pointers + num_chunks * BINS, total)
+
+
 @triton.jit(
     do_not_specialize=["num_choices", "num_tiles", "num_chunks"],
     do_not_specialize_on_alignment=["choices_ptr", "rows_ptr", "counts_ptr", "starts_ptr", *PLAN_POINTERS[1:]],
@@ -58,7 +84,7 @@ def count_kernel(
 def place_kernel(
     ids_ptr,  # [C]
     expert_map_ptr,  # [GLOBAL_EXPERTS] or None
-    chunk_counts_ptr,  # int32 [num_chunks, BINS], or None: one chunk
+    chunk_counts_ptr,  # int32 [chunks + 1, BINS] after the scan, or None: one chunk
     choices_ptr,  # int32 [C]
     rows_ptr,  # int32 [C]
     counts_ptr,  # int32 [E]
@@ -76,12 +102,15 @@ def place_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_A_STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (ceil(C / BLOCK),). A program owns rows and choices of its BLOCK choices, every ceil(C / BLOCK)-th tile of
     each expert, and the padding among its BLOCK places in the list of tiles; the first also owns counts, starts and
     the count of tiles.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     mine = pid * BLOCK + tl.arange(0, BLOCK)
@@ -96,13 +125,8 @@ def place_kernel(
     if chunk_counts_ptr is None:
         counts = tl.histogram(chunk_experts, BINS, mask=in_chunk)
     else:
-        counts = tl.zeros((BINS,), tl.int32)
-        for first in range(0, num_chunks, CHUNKS_A_STEP):
-            chunks = first + tl.arange(0, CHUNKS_A_STEP)
-            pointers = chunk_counts_ptr + chunks[:, None] * BINS + bins[None, :]
-            some = tl.load(pointers, mask=(chunks < num_chunks)[:, None], other=0)
-            counts += tl.sum(some, 0)
-            before += tl.sum(tl.where((chunks < chunk)[:, None], some, 0), 0)
+        counts = tl.load(chunk_counts_ptr + num_chunks * BINS + bins)
+        before += tl.load(chunk_counts_ptr + chunk * BINS + bins)
 
     starts = tl.cumsum(counts, 0) - counts
     earlier = tl.arange(0, BLOCK)[None, :] < tl.arange(0, BLOCK)[:, None]
@@ -131,9 +155,13 @@ def place_kernel(
 
 
 def routing_plan(
-    topk_ids: torch.Tensor, num_experts: int, tile_rows: int, expert_map: torch.Tensor | None = None
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    tile_rows: int,
+    expert_map: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> RoutingPlan:
-    """`moe_ops.routing_plan` of at least one choice; arguments, result and errors are the same."""
+    """`moe_ops.routing_plan` of at least one choice; the rest is the same, pdl as in launches.py."""
     checks.routing("routing_plan", topk_ids, num_experts, expert_map)
     ids = topk_ids.reshape(-1)
     expert_map = None if expert_map is None else expert_map.contiguous()
@@ -150,8 +178,20 @@ def routing_plan(
     }
     chunk_counts = None
     if num_chunks > 1:
-        chunk_counts = torch.empty(num_chunks, constants["BINS"], dtype=torch.int32, device=ids.device)
+        bins = constants["BINS"]
+        chunk_counts = torch.empty(num_chunks + 1, bins, dtype=torch.int32, device=ids.device)
         count_kernel[(num_chunks,)](ids, expert_map, chunk_counts, num_choices, **constants, num_warps=8)
+        scan_kernel[(bins // SCAN_BINS,)](
+            chunk_counts,
+            num_chunks,
+            BINS=bins,
+            SCAN_BINS=SCAN_BINS,
+            SCAN_CHUNKS=SCAN_CHUNKS,
+            PDL=pdl,
+            num_warps=4,
+            launch_pdl=pdl,
+        )
+    pdl = pdl and num_chunks > 1  # what comes before the plan is not ours
     place_kernel[(triton.cdiv(num_choices, BLOCK),)](
         ids,
         expert_map,
@@ -162,8 +202,9 @@ def routing_plan(
         num_chunks,
         TILE_ROWS=tile_rows,
         BLOCK=BLOCK,
-        CHUNKS_A_STEP=CHUNKS_A_STEP,
+        PDL=pdl,
         **constants,
         num_warps=8,
+        launch_pdl=pdl,
     )
     return RoutingPlan(*arrays, top_k=topk_ids.shape[1], tile_rows=tile_rows)

@@ -12,26 +12,28 @@ from ops_configs import moe
 from ops_configs.moe import LayerConfig, MoeConfig, MoeLayer
 
 
-def random_config():
-    block_m = random.choice(moe.TILE_ROWS)
+def random_config(block_m: int, permute: bool, persistent: bool) -> LayerConfig:
     gate_up, down = (
         MoeConfig(block_m, random.choice((16, 32, 64)), random.choice((16, 32, 64)), 4, 2, random.choice((1, 3, 8)))
         for _ in range(2)
     )
-    permute, persistent = random.choice((False, True)), random.choice((False, True))
     return LayerConfig(replace(gate_up, permute=permute), replace(down, persistent=persistent))
 
 
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("permute", [False, True], ids=["gathered", "permuted"])
+@pytest.mark.parametrize("persistent", [False, True], ids=["a program a tile", "persistent"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["all experts", "expert map"])
-def test_the_kernels_get_what_was_found(monkeypatch, device, mapped):
-    experts, top_k, hidden, inner, tokens = 4, 2, 48, 40, random.randint(20, 90)
+def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, persistent, permute, block_m):
+    """Tiles of 128 rows are full, more than half full, and less."""
+    experts, top_k, hidden, inner, tokens = 4, 2, 48, 40, random.randint(150, 220)
     x = torch.randn(tokens, hidden, device=device, dtype=torch.float16)
     w13 = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.float16) * hidden**-0.5
     w2 = torch.randn(experts, hidden, inner, device=device, dtype=torch.float16) * inner**-0.5
     ids = torch.rand(tokens, 6 if mapped else experts, device=device).argsort(1)[:, :top_k].int()
     weights = torch.rand(tokens, top_k, device=device)
     expert_map = torch.tensor([3, -1, 0, 1, -1, 2], device=device) if mapped else None
-    config, asked, used = random_config(), [], {}
+    config, asked, used = random_config(block_m, permute, persistent), [], {}
 
     def layer_config(layer, *batch):
         asked.append((layer, *batch))

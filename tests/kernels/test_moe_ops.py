@@ -13,7 +13,7 @@ from moe_ops.kernels.gate_up import gate_up
 from moe_ops.kernels.grouped_gemm import grouped_gemm
 from moe_ops.kernels.routing import routing_plan
 from moe_ops.kernels.tiles import takes_tma
-from ops_configs.moe import TILE_ROWS, moe_default, shared_memory, tile_rows
+from ops_configs.moe import TILE_ROWS, MoeLayer, moe_default, runs_direct, shared_memory, tile_rows
 from ops_patches import counters, library
 from tests import test_moe_routing
 
@@ -52,10 +52,10 @@ CASES = [
     Case("plain"),
     Case("one token", tokens=1, top_k=1),
     Case("no tokens", tokens=0),
-    Case("two tokens, choice by choice", tokens=2, top_k=3, bias=True, options={"routed_scaling": 2.5}),
-    Case("two tokens, ids of -1", tokens=2, top_k=4, left_out=0.5, hidden=37, inner=21),
-    Case("two tokens, interleaved", tokens=2, bias=True, options=SWIGLU | {"interleaved": True}),
-    Case("two tokens, ungated", tokens=2, options={"gated": False, "apply_router_weight_on_input": True}),
+    Case("two tokens, choice by choice", tokens=2, experts=40, top_k=3, bias=True, options={"routed_scaling": 2.5}),
+    Case("two tokens, ids of -1", tokens=2, experts=33, top_k=4, left_out=0.5, hidden=37, inner=21),
+    Case("two tokens, interleaved", tokens=2, experts=17, bias=True, options=SWIGLU | {"interleaved": True}),
+    Case("four tokens, ungated", tokens=4, experts=32, options={"gated": False, "apply_router_weight_on_input": True}),
     Case("rows that TMA does not take", hidden=37, inner=21),
     Case("experts without tokens", tokens=3, experts=60, top_k=4),
     Case("one expert of one", experts=1, top_k=1),
@@ -139,7 +139,9 @@ def test_layer(case, dtype, device, poisoned):
 def test_cases_reach_every_tile_and_both_ways_to_read(device):
     """That the cases are what they say."""
     tiles = {tile_rows(case.tokens, case.experts, case.top_k) for case in CASES}
-    assert tiles == set(TILE_ROWS)
+    assert tiles == {16, 64, 128}
+    direct = [c for c in CASES if runs_direct(MoeLayer(c.experts, c.top_k, c.hidden, c.inner), c.tokens)]
+    assert {case.tokens for case in direct} >= {1, 2, 4}
     if device == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
         read = {takes_tma(make_layer(case, torch.float16, device)["w13"]) for case in CASES}
         assert read == {True, False}
@@ -274,6 +276,14 @@ def test_plan_is_that_of_torch(name, ids_dtype, mapped, device, poisoned):
         for array, values in expected.items():
             assert ours[array].dtype == torch.int32
             assert torch.equal(ours[array], values), array
+
+
+def test_plan_scans_more_chunks_than_a_step_takes(monkeypatch, device):
+    monkeypatch.setattr("moe_ops.kernels.routing.SCAN_CHUNKS", 2)
+    ids = torch.randint(-1, 30, (900, 6), dtype=torch.int32, device=device)
+    ours, torchs = routing_plan(ids, 30, 16), moe_ops.routing_plan(ids, 30, 16)
+    for name in ops.PLAN_ARRAYS:
+        assert torch.equal(getattr(ours, name), getattr(torchs, name)), name
 
 
 def test_bf16_on_the_cpu_takes_the_reference():
