@@ -27,9 +27,11 @@ from .tiles import (
     bias_operand,
     load_bias,
     load_rows,
-    load_scale,
+    load_w_scale,
     load_weight,
+    load_x_scale,
     operand,
+    product,
     scale_arguments,
     takes_tma,
     tile_of,
@@ -134,46 +136,42 @@ def gate_up_tile(
     if GATED:
         up_source = weight_source(up, expert, columns, ks, expert_stride, row_stride, TMA)
         ups = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if w_scale is not None:
+        scale = load_x_scale(x_scale, expert, x_rows, live, 0)
+        gate_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, STEP, SCALE_N, ONE_SCALE)
+        if GATED:
+            up_factor = load_w_scale(w_scale, expert, column, columns, 0, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE)
     for k0 in range(0, K, BLOCK_K):
         if X_TMA:
             a = x.load([first_row, k0])
         else:
             a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
         w = load_weight(gate_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-        scale = None
-        if BLOCKED:
-            scale = load_scale(
-                x_scale, w_scale, expert, x_rows, live, column, columns, k0 // SCALE_K, N, 0, STEP, SCALE_N, ONE_SCALE
-            )
-        gates = add_product(gates, a, w, scale)
         if GATED:
-            w = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-            if BLOCKED:
-                scale = load_scale(
-                    x_scale,
-                    w_scale,
-                    expert,
-                    x_rows,
-                    live,
-                    column,
-                    columns,
-                    k0 // SCALE_K,
-                    N,
-                    UP_FIRST,
-                    STEP,
-                    SCALE_N,
-                    ONE_SCALE,
-                )
-            ups = add_product(ups, a, w, scale)
+            w_up = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
+        if BLOCKED:  # scales of the next step come while this one multiplies, and both products run together
+            group = min(k0 + BLOCK_K, K - 1) // SCALE_K
+            next_scale = load_x_scale(x_scale, expert, x_rows, live, group)
+            next_gate = load_w_scale(w_scale, expert, column, columns, group, N, 0, STEP, SCALE_N, ONE_SCALE)
+            gate_product = product(a, w)
+            if GATED:
+                next_up = load_w_scale(w_scale, expert, column, columns, group, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE)
+                up_product = product(a, w_up)
+            gates += gate_product * (scale * gate_factor)
+            gate_factor = next_gate
+            if GATED:
+                ups += up_product * (scale * up_factor)
+                up_factor = next_up
+            scale = next_scale
+        else:
+            gates = add_product(gates, a, w)
+            if GATED:
+                ups = add_product(ups, a, w_up)
 
     if w_scale is not None and not BLOCKED:
-        gates = gates.to(tl.float32) * load_scale(
-            x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, 0, STEP, SCALE_N, ONE_SCALE
-        )
+        gates = gates.to(tl.float32) * (scale * gate_factor)
         if GATED:
-            ups = ups.to(tl.float32) * load_scale(
-                x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE
-            )
+            ups = ups.to(tl.float32) * (scale * up_factor)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
         gates *= weight

@@ -24,10 +24,12 @@ from .tiles import (
     bias_operand,
     load_bias,
     load_rows,
-    load_scale,
+    load_w_scale,
     load_weight,
+    load_x_scale,
     multiprocessors,
     operand,
+    product,
     scale_arguments,
     takes_tma,
     tile_of,
@@ -86,23 +88,27 @@ def grouped_tile(
         x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
     w_source = weight_source(w, expert, columns, ks, expert_stride, row_stride, TMA)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if w_scale is not None:
+        scale = load_x_scale(x_scale, expert, x_rows, live, 0)
+        w_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, 1, SCALE_N, ONE_SCALE)
     for k0 in range(0, K, BLOCK_K):
         if X_TMA:
             a = x.load([first_row, k0])
         else:
             a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
         b = load_weight(w_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-        scale = None
-        if BLOCKED:
-            scale = load_scale(
-                x_scale, w_scale, expert, x_rows, live, column, columns, k0 // SCALE_K, N, 0, 1, SCALE_N, ONE_SCALE
-            )
-        acc = add_product(acc, a, b, scale)
+        if BLOCKED:  # scales of the next step come while this one multiplies
+            group = min(k0 + BLOCK_K, K - 1) // SCALE_K
+            next_scale = load_x_scale(x_scale, expert, x_rows, live, group)
+            next_factor = load_w_scale(w_scale, expert, column, columns, group, N, 0, 1, SCALE_N, ONE_SCALE)
+            acc += product(a, b) * (scale * w_factor)
+            scale = next_scale
+            w_factor = next_factor
+        else:
+            acc = add_product(acc, a, b)
 
     if w_scale is not None and not BLOCKED:
-        acc = acc.to(tl.float32) * load_scale(
-            x_scale, w_scale, expert, x_rows, live, column, columns, 0, N, 0, 1, SCALE_N, ONE_SCALE
-        )
+        acc = acc.to(tl.float32) * (scale * w_factor)
     if bias_ptr is not None:
         acc += load_bias(bias_ptr, expert, columns, bias_expert_stride, bias_stride, N)
     if weights_ptr is not None:

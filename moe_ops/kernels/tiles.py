@@ -6,7 +6,7 @@ argument of either kind, `load_weight` reads a block of either.
 Scales of quantised operands come as (pointer, strides of expert, row and group of K), 0 where all share one, so that
 one address says what is per tensor, expert, row, channel or block; `scale_arguments` makes them. They multiply the sums
 once, after the last step; those of blocks (BLOCKED) multiply the products of each step, whose BLOCK_K columns lie under
-one scale.
+one scale, and are fetched a step ahead.
 """
 
 from __future__ import annotations
@@ -84,12 +84,19 @@ def load_bias(bias_ptr, expert, columns, expert_stride, stride, N: tl.constexpr)
 
 
 @triton.jit
-def load_scale(
-    x_scale,  # (pointer, strides of expert, row, group) or None
+def load_x_scale(x_scale, expert, x_rows, live, group):
+    """Scale of rows, (pointer, strides of expert, row, group): fp32 [BLOCK_M, 1]; 1 without."""
+    if x_scale is None:
+        return tl.full((), 1.0, tl.float32)
+    else:
+        pointer = x_scale[0] + expert.to(tl.int64) * x_scale[1] + group * x_scale[3]
+        return tl.load(pointer + x_rows.to(tl.int64) * x_scale[2], mask=live, other=0.0)[:, None]
+
+
+@triton.jit
+def load_w_scale(
     w_scale,  # (pointer, strides of expert, row of the weight, group)
     expert,
-    x_rows,
-    live,
     column,
     columns,
     group,
@@ -99,25 +106,29 @@ def load_scale(
     SCALE_N: tl.constexpr,
     ONE_SCALE: tl.constexpr,
 ):
-    """Scale of the products, fp32, to be broadcast to [BLOCK_M, BLOCK_N].
+    """Scale of columns, fp32 [1, BLOCK_N]; ONE_SCALE: one number, of all columns of the program.
 
-    Column c is row FIRST + c * STEP of the weight, SCALE_N rows share a scale; ONE_SCALE: all columns of the program.
+    Column c is row FIRST + c * STEP of the weight, SCALE_N rows share a scale.
     """
-    w_ptr = w_scale[0] + expert.to(tl.int64) * w_scale[1] + group * w_scale[3]
+    pointer = w_scale[0] + expert.to(tl.int64) * w_scale[1] + group * w_scale[3]
     if ONE_SCALE:
-        scale = tl.load(w_ptr + (FIRST + column * STEP) // SCALE_N * w_scale[2])
+        return tl.load(pointer + (FIRST + column * STEP) // SCALE_N * w_scale[2])
     else:
         rows = (FIRST + columns * STEP) // SCALE_N
-        scale = tl.load(w_ptr + rows * w_scale[2], mask=columns < N, other=0.0)[None, :]
-    if x_scale is not None:
-        x_ptr = x_scale[0] + expert.to(tl.int64) * x_scale[1] + group * x_scale[3]
-        scale = tl.load(x_ptr + x_rows.to(tl.int64) * x_scale[2], mask=live, other=0.0)[:, None] * scale
-    return scale
+        return tl.load(pointer + rows * w_scale[2], mask=columns < N, other=0.0)[None, :]
 
 
 @triton.jit
-def add_product(acc, x, w, scale):
-    """acc + scale * (x @ w.T), without a scale acc + x @ w.T; 8-bit weights of wider x are converted first.
+def product(x, w):
+    """x @ w.T of one step, fp32; 8-bit weights of wider x are converted first."""
+    if w.dtype != x.dtype:
+        w = w.to(x.dtype)
+    return tl.dot(x, w.T, input_precision="ieee").to(tl.float32)
+
+
+@triton.jit
+def add_product(acc, x, w):
+    """acc + x @ w.T; 8-bit weights of wider x are converted first.
 
     The tensor cores of compute capability 9.0 keep about 14 bits of a running sum of fp8 products, and Triton leaves
     them to it over all of K. Asked for at most BLOCK_K imprecise additions it adds each step's sum in fp32 instead:
@@ -125,9 +136,7 @@ def add_product(acc, x, w, scale):
     """
     if w.dtype != x.dtype:
         w = w.to(x.dtype)
-    if scale is not None:
-        return acc + tl.dot(x, w.T, input_precision="ieee").to(tl.float32) * scale
-    elif x.dtype == tl.float8e4nv:
+    if x.dtype == tl.float8e4nv:
         return tl.dot(x, w.T, acc, max_num_imprecise_acc=x.shape[1])
     else:
         return tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=acc.dtype)

@@ -3,10 +3,13 @@
 import torch
 
 import lora_ops
+import moe_ops
+from tests.kernels import test_moe_ops as moe
+from tests.kernels import test_moe_quant as moe_quant
 from tests.kernels.cases import CASES, assert_close, make_layer, tolerance
 
 
-def main() -> None:
+def lora() -> None:
     for case in CASES:
         layer = make_layer(case, torch.bfloat16, "cuda")
         x, y, plan = layer.x, layer.y, layer.plan
@@ -33,5 +36,20 @@ def main() -> None:
         print(case, flush=True)
 
 
+def experts() -> None:
+    for case in moe.CASES:
+        layer = moe.make_layer(case, torch.bfloat16, "cuda")
+        expected = moe_ops.reference.fused_experts(**moe.in_fp32(layer))
+        assert_close(moe_ops.fused_experts(**layer), expected, moe.layer_tolerance(torch.bfloat16))
+        torch.cuda.synchronize()
+        print(case, flush=True)
+    for scheme in moe_quant.SCHEMES:
+        case = moe.Case(f"quantised: {scheme}", tokens=70, experts=3, left_out=0.2, hidden=160, inner=144)
+        moe_ops.fused_experts(**moe_quant.make_quantised(case, scheme, torch.bfloat16, "cuda"))
+        torch.cuda.synchronize()
+        print(case, flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    lora()
+    experts()

@@ -8,7 +8,6 @@ import torch
 
 from moe_ops import fused_experts, reference
 from moe_ops.kernels import gate_up, grouped_gemm, routing
-from ops_configs import moe
 from ops_configs.moe import LayerConfig, MoeConfig, MoeLayer
 
 

@@ -15,6 +15,7 @@ from moe_ops.kernels.routing import routing_plan
 from moe_ops.kernels.tiles import takes_tma
 from ops_configs.moe import TILE_ROWS, MoeLayer, moe_default, runs_direct, shared_memory, tile_rows
 from ops_patches import counters, library
+from ops_patches.debug import KernelError
 from tests import test_moe_routing
 
 from .cases import UNIT_ROUNDOFF, assert_close
@@ -289,6 +290,22 @@ def test_plan_scans_more_chunks_than_a_step_takes(monkeypatch, device):
 def test_bf16_on_the_cpu_takes_the_reference():
     layer = make_layer(Case("", bias=True), torch.bfloat16, "cpu")
     assert torch.equal(moe_ops.fused_experts(**layer), reference.fused_experts(**layer))
+
+
+@pytest.mark.parametrize(
+    "kernel", ["routing.routing_plan", "gate_up.gate_up", "grouped_gemm.grouped_gemm", "combine.combine"]
+)
+def test_a_fault_names_the_op(kernel, device, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("injected fault")
+
+    monkeypatch.setattr(f"moe_ops.kernels.{kernel}", broken)
+    counters.reset()
+    with pytest.raises(KernelError, match=r"^fused_experts failed: RuntimeError: injected fault\n(.*\n)* *hidden: "):
+        moe_ops.fused_experts(**make_layer(Case("plain"), torch.float16, device))
+    snapshot = counters.snapshot()
+    assert snapshot["error"] == {"fused_experts": {"KernelError": 1}}
+    assert snapshot["hit"] == snapshot["fallback"] == {}
 
 
 def test_without_the_interpreter_the_cpu_takes_the_reference(monkeypatch):
