@@ -61,6 +61,8 @@ ADAPTER_EFFECT = 10.0
 NEAR_TIE = 8.0
 """Log-prob distance to the best token up to which another greedy choice is a near-tie."""
 
+POOL = 2**24
+"""Random numbers that all adapters are cut from."""
 SPEED_TOKENS = 128
 SPEED_PROMPTS, SPEED_PROMPT_TOKENS = 64, 1024
 
@@ -131,9 +133,10 @@ def write_checkpoint(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (model / "model.safetensors.index.json").exists():
         write_model(model, shape, torch.bfloat16, device=device)
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     for seed, adapter in enumerate(adapters):
         if not (adapter / "adapter_config.json").exists():
-            write_adapter(adapter, shape, options.rank, seed=seed, dtype=torch.bfloat16)
+            write_adapter(adapter, shape, options.rank, seed=seed, dtype=torch.bfloat16, pool=pool)
 
 
 def make_requests(options: argparse.Namespace, tokens: int, seed: int) -> list[Request]:

@@ -145,19 +145,16 @@ def run_planned(
     combine(y, out, plan, routed_scaling, pdl=pdl)
 
 
-def compile_layer(w13, w2, top_k: int, dtype: torch.dtype, **options) -> None:
-    """Compile all kernels that any batch of the layer runs, by running it on one token with each launch parameters."""
+def compile_layer(hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
+    """Compile all kernels that any batch of the layer runs, by running one token with each of its launch parameters."""
     from .kernels.routing import CHUNK, routing_plan
 
-    device = w2.device
-    hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=device)
-    routed = w2.shape[0] if options["expert_map"] is None else options["expert_map"].shape[0]
-    ids = (torch.arange(top_k, dtype=torch.int32, device=device) % routed)[None]
-    arguments = (torch.empty_like(hidden), hidden, w13, w2, torch.zeros(1, top_k, device=device), ids)
+    top_k, expert_map = topk_ids.shape[1], options["expert_map"]
+    arguments = (torch.empty_like(hidden), hidden, w13, w2, topk_weights, topk_ids)
     layer = layer_of(w2, top_k, **options)
     if runs_direct(layer, 1):
         run_direct(*arguments, **options)
-    for config in dict.fromkeys(layer_config(layer, tokens, dtype, device) for tokens in TOKENS):
+    for config in dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS):
         run_planned(*arguments, config, **options)
-        many = ids.expand(CHUNK // top_k + 1, -1)
-        routing_plan(many, w2.shape[0], config.gate_up.block_m, options["expert_map"], pdl=_supports_pdl(device))
+        many = topk_ids.expand(CHUNK // top_k + 1, -1)
+        routing_plan(many, w2.shape[0], config.gate_up.block_m, expert_map, pdl=_supports_pdl(hidden.device))

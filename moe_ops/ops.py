@@ -325,7 +325,16 @@ def fused_experts(
     return out
 
 
-def warmup_layer(w13: torch.Tensor, w2: torch.Tensor, top_k: int, *, dtype: torch.dtype, **layer) -> None:
+def warmup_layer(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    top_k: int,
+    *,
+    dtype: torch.dtype,
+    ids_dtype: torch.dtype = torch.int32,
+    weights_dtype: torch.dtype = torch.float32,
+    **layer,
+) -> None:
     """Compile whatever `fused_experts` may launch for this layer, at any number of tokens; on a GPU only.
 
     A server calls it once for each kind of layer, before it takes requests. Counts no hit.
@@ -333,7 +342,7 @@ def warmup_layer(w13: torch.Tensor, w2: torch.Tensor, top_k: int, *, dtype: torc
     Args:
         w13, w2: of the layer.
         top_k: experts of a token.
-        dtype: of hidden.
+        dtype, ids_dtype, weights_dtype: of hidden, topk_ids and topk_weights.
         layer: the other keyword arguments of the layer's calls of `fused_experts`, but for out.
 
     Raises:
@@ -344,8 +353,9 @@ def warmup_layer(w13: torch.Tensor, w2: torch.Tensor, top_k: int, *, dtype: torc
     options = {**fused_experts.__kwdefaults__, **layer}
     del options["out"]
     hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=w2.device)
-    ids = torch.zeros(1, top_k, dtype=torch.int32, device=w2.device)
-    _check_layer(hidden, w13, w2, ids.float(), ids, **options)
+    weights = torch.zeros(1, top_k, dtype=weights_dtype, device=w2.device)
+    ids = torch.zeros(1, top_k, dtype=ids_dtype, device=w2.device)
+    _check_layer(hidden, w13, w2, weights, ids, **options)
     if hidden.is_cuda:
         with torch.cuda.device(hidden.device):
-            compile_layer(w13, w2, top_k, dtype, **options)
+            compile_layer(hidden, w13, w2, weights, ids, **options)

@@ -52,9 +52,18 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
 
     A server sees all its layers while it profiles, so nothing is left to compile while it serves.
     """
-    signature = (hidden.dtype, topk_ids.shape[1], _form(w13), _form(w2), *map(_form, layer.values()))
+    signature = (
+        hidden.dtype,
+        topk_weights.dtype,
+        topk_ids.dtype,
+        topk_ids.shape[1],
+        _form(w13),
+        _form(w2),
+        *map(_form, layer.values()),
+    )
     if signature not in _seen:
-        moe_ops.warmup_layer(w13, w2, topk_ids.shape[1], dtype=hidden.dtype, **layer)
+        dtypes = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
+        moe_ops.warmup_layer(w13, w2, topk_ids.shape[1], **dtypes, **layer)
         _seen.add(signature)
     result = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids, out=out, **layer)
     state.publish()

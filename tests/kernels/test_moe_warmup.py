@@ -1,0 +1,63 @@
+"""`warmup_layer` compiles all that a layer may launch, so that nothing is left to compile while a server serves."""
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops import launches
+
+from .test_moe_ops import Case, make_layer
+from .test_moe_quant import SCHEMES, make_quantised
+
+PER_CALL = ("hidden", "topk_weights", "topk_ids")
+TOKENS = (1, 2, 3, 5, 17, 60, 200, 700, 1500)
+CASE = Case("of sizes of its own", tokens=max(TOKENS), experts=20, top_k=3, hidden=272, inner=176)
+
+
+@pytest.fixture(params=[*SCHEMES, "plain", "expert parallel"])
+def layer(request, device) -> dict:
+    """Arguments of fused_experts."""
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    if request.param in SCHEMES:
+        return make_quantised(CASE, request.param, dtype, device)
+    layer = make_layer(CASE, dtype, device)
+    if request.param == "expert parallel":
+        layer["expert_map"] = torch.arange(CASE.experts, device=device).roll(3)
+    return layer
+
+
+def test_runs_each_launch_parameters_once(layer, monkeypatch):
+    """Without a GPU warmup_layer compiles nothing: here goes what it runs on one."""
+    ran, run_planned = [], launches.run_planned
+
+    def watched(*args, **options):
+        ran.append(args[6])
+        return run_planned(*args, **options)
+
+    monkeypatch.setattr(launches, "run_planned", watched)
+    options = {**moe_ops.fused_experts.__kwdefaults__, **layer}
+    del options["out"]
+    tensors = [options.pop(name) for name in ("hidden", "w13", "w2", "topk_weights", "topk_ids")]
+    for position in (0, 3, 4):
+        tensors[position] = tensors[position][:1]
+    launches.compile_layer(*tensors, **options)
+    assert len(ran) == len(set(ran)) > 2
+    assert {config.gate_up.block_m for config in ran} >= {16, 64}
+
+
+def test_nothing_compiles_afterwards(layer, device):
+    if device == "cpu":
+        pytest.skip("needs a GPU: the interpreter compiles nothing")
+    import triton
+
+    fixed = {name: value for name, value in layer.items() if name not in PER_CALL}
+    moe_ops.warmup_layer(fixed.pop("w13"), fixed.pop("w2"), CASE.top_k, dtype=layer["hidden"].dtype, **fixed)
+    compiled = []
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["fn"].name)
+    try:
+        for tokens in TOKENS:
+            moe_ops.fused_experts(**layer | {name: layer[name][:tokens] for name in PER_CALL})
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = hook
+    assert not compiled
