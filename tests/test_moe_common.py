@@ -129,7 +129,8 @@ def test_a_layer_is_warmed_up_once(monkeypatch):
 
     run(1, gated=True)
     run(7, gated=True)
-    assert warmed == [{"dtype": torch.float32, "gated": True}]
+    dtypes = {"dtype": torch.float32, "ids_dtype": torch.int32, "weights_dtype": torch.float32}
+    assert warmed == [{**dtypes, "gated": True}]
     run(7, gated=False)
     run(7, torch.float16, gated=False)
     assert len(warmed) == 3
