@@ -15,7 +15,7 @@ from .tiles import PLAN_POINTERS
 MAX_BLOCK = 4096
 
 
-@triton.jit(do_not_specialize_on_alignment=PLAN_POINTERS)
+@triton.jit(do_not_specialize_on_alignment=[*PLAN_POINTERS, "first_without_expert_ptr"])
 def permute_kernel(
     x_ptr,  # [M, K], rows x_stride apart
     out_ptr,  # [C, K]
