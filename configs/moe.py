@@ -247,6 +247,30 @@ def layer_default(layer: MoeLayer, tokens: int, itemsize: int = 2, block_m: int 
     return LayerConfig(first, second)
 
 
+def fitted(config: MoeConfig, products: int, itemsize: int, shared: int) -> MoeConfig:
+    """The config with fewer stages, then smaller blocks, so that a GPU with `shared` bytes of shared memory runs it."""
+    while shared_memory(config, products, itemsize) > shared:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_n > 16:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.block_k > 32:
+            config = replace(config, block_k=config.block_k // 2)
+        else:
+            break
+    return config
+
+
+@cached
+def _shared_bytes(device) -> int:
+    """Bytes of shared memory that a block may ask for on a torch.device."""
+    if device.type != "cuda":
+        return files.MAX_SHARED_BYTES
+    import torch
+
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 _pinned: tuple[LayerConfig | None] | None = None
 
 
@@ -275,7 +299,12 @@ def layer_config(layer: MoeLayer, tokens: int, dtype, device) -> LayerConfig:
 def _layer_config(layer: MoeLayer, bucket: int, dtype, device) -> LayerConfig:
     itemsize = layer.itemsize(dtype)
     tuned = _pinned[0] if _pinned else _find(layer, bucket, dtype, device, itemsize)
-    return tuned or layer_default(layer, bucket, itemsize)
+    if tuned:
+        return tuned
+    default, shared = layer_default(layer, bucket, itemsize), _shared_bytes(device)
+    small = shared < files.MAX_SHARED_BYTES  # persistent programs need more than the operands take
+    down = replace(default.down, persistent=default.down.persistent and not small)
+    return LayerConfig(fitted(default.gate_up, layer.products, itemsize, shared), fitted(down, 1, itemsize, shared))
 
 
 def _find(layer: MoeLayer, bucket: int, dtype, device, itemsize: int) -> LayerConfig | None:

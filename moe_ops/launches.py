@@ -3,8 +3,9 @@
 few tokens   gate_up choice by choice -> down over the experts of a token (kernels/direct.py)
 else         plan -> [quantise or permute rows] -> gate_up with activation -> [quantise] -> down -> combine
 
-On compute capability 9.0 and later each launch but the first is set up under the tail of the one before it (PDL): every
-program waits for that launch before it reads anything, and only then lets the next one start.
+On compute capability 9.0 and later the products, the combine and the later launches of a plan are set up under the tail
+of the launch before them (PDL): every program waits for that launch before it touches any memory, and only then lets
+the next one start; of few tokens, down waits so for gate_up.
 """
 
 from __future__ import annotations

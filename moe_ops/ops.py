@@ -116,7 +116,7 @@ def _fused_experts(hidden, *args):
     return out
 
 
-@_register(f"fused_experts_out(Tensor(a!) out, {LAYER})")
+@_register(f"fused_experts_out(Tensor(a!) out, {LAYER})", counted_as="fused_experts")
 def _fused_experts_out(out, hidden, *args):
     checks.out("fused_experts", out, hidden)
     _layer(out, hidden, *args)
@@ -289,7 +289,8 @@ def fused_experts(
     """The routed-experts layer; arguments and result are those of `reference.fused_experts`.
 
     Intermediates are rounded to the dtype of hidden: what the activation returns (before it is quantised, too), and
-    what each expert returns for a token, routed weight included. Without a host sync; ids out of range are found on the
+    what each expert returns for a token, routed weight included (not of a few tokens, whose
+    experts are summed up in fp32). Without a host sync; ids out of range are found on the
     CPU only, else they count as -1.
 
     Raises:
@@ -351,6 +352,7 @@ def warmup_layer(
     from .launches import compile_layer
 
     options = {**fused_experts.__kwdefaults__, **layer}
+    options |= {name: float(options[name]) for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling")}  # as the op
     del options["out"]
     hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=w2.device)
     weights = torch.zeros(1, top_k, dtype=weights_dtype, device=w2.device)

@@ -29,12 +29,15 @@ def op_library(namespace: str) -> Callable[..., Callable[[Callable], Callable]]:
     """Begin torch.ops.<namespace>; returns the decorator that registers its ops.
 
     The decorator takes the op's schema, what it returns and its fake; by default the op mutates its arguments and
-    returns nothing. Each call is counted: hit, or error before the exception goes on.
+    returns nothing. Each call is counted, under its name or `counted_as`: hit, or error before the exception goes on.
     """
     library = torch.library.Library(namespace, "DEF")
 
-    def register(schema: str, returns: str = "()", fake: Callable = lambda *args: None) -> Callable:
+    def register(
+        schema: str, returns: str = "()", fake: Callable = lambda *args: None, counted_as: str = ""
+    ) -> Callable:
         name = schema.split("(")[0]
+        count = counted_as or name
 
         def decorate(function: Callable) -> Callable:
             @functools.wraps(function)
@@ -43,9 +46,9 @@ def op_library(namespace: str) -> Callable[..., Callable[[Callable], Callable]]:
                     with _device_of(args), debug.watch(name, args, namespace):
                         result = function(*args)
                 except Exception as error:
-                    counters.error(name, type(error))
+                    counters.error(count, type(error))
                     raise
-                counters.hit(name)
+                counters.hit(count)
                 return result
 
             library.define(f"{schema} -> {returns}", tags=(torch.Tag.needs_fixed_stride_order,))

@@ -7,6 +7,7 @@ CUDA graph captures the same path that an eager call takes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import moe_ops
 from ops_patches import counters, state
 
+logger = logging.getLogger("moe_ops")
 OP = "fused_experts"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHTS = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8, "int8_w8a16": torch.int8}
@@ -35,39 +37,49 @@ def or_host(original: Callable, arguments: Callable[..., dict]) -> Callable:
 
     def routed_experts(*args, **kwargs) -> Any:
         try:
-            ours = arguments(*args, **kwargs)
+            return run(**arguments(*args, **kwargs))
         except LeftToHost as reason:
             leave(str(reason))
             return original(*args, **kwargs)
-        return run(**ours)
 
     return routed_experts
 
 
-_seen: set[tuple] = set()
+_seen: dict[tuple, str] = {}
+"""Forms of layers seen in this process, and why our kernels do not take them, if so."""
 
 
 def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Tensor:
     """`moe_ops.fused_experts`, after a warm-up of the layer the first time that one like it is seen.
 
     A server sees all its layers while it profiles, so nothing is left to compile while it serves.
+
+    Raises:
+        LeftToHost: dtypes, shapes or a device that `moe_ops.fused_experts` does not take.
     """
-    signature = (
-        hidden.dtype,
-        topk_weights.dtype,
-        topk_ids.dtype,
-        topk_ids.shape[1],
-        _form(w13),
-        _form(w2),
-        *map(_form, layer.values()),
-    )
+    kinds = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
+    signature = (hidden.device, *kinds.values(), topk_ids.shape[1], _form(w13), _form(w2), *map(_form, layer.values()))
     if signature not in _seen:
-        dtypes = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
-        moe_ops.warmup_layer(w13, w2, topk_ids.shape[1], **dtypes, **layer)
-        _seen.add(signature)
+        _seen[signature] = _warmed_up(w13, w2, topk_ids.shape[1], **kinds, **layer)
+    if reason := _seen[signature]:
+        raise LeftToHost(reason)
     result = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids, out=out, **layer)
     state.publish()
     return result
+
+
+def _warmed_up(w13, w2, top_k, **layer) -> str:
+    """Compile the layer's kernels, but not into a CUDA graph; why our kernels do not take it, or nothing."""
+    if w2.is_cuda and torch.cuda.is_current_stream_capturing():
+        logger.warning(
+            "moe_ops: a layer was first seen while a CUDA graph is captured: its kernels compile as they come"
+        )
+        return ""
+    try:
+        moe_ops.warmup_layer(w13, w2, top_k, **layer)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _form(value: Any) -> Any:
@@ -120,8 +132,8 @@ def quantisation(
         "quant": quant,
         "w13_scale": _weight_scale("w13_scale", w13_scale, w13, block_shape),
         "w2_scale": _weight_scale("w2_scale", w2_scale, w2, block_shape),
-        "a1_scale": a1_scale,
-        "a2_scale": a2_scale,
+        "a1_scale": None if a1_scale is None else a1_scale.reshape(()),
+        "a2_scale": None if a2_scale is None else a2_scale.reshape(()),
         "per_token": per_token,
         "block_shape": block_shape,
     }

@@ -137,11 +137,12 @@ def from_experts(
     Raises:
         LeftToHost: the call is not one for our kernels.
     """
+    if a1q_scale is not None and _is_plain(self):  # first: what is left to the host asks `expects_unquantized_inputs`
+        self._moe_ops_quantised_before = True
     _batch_invariant()
     if not _is_plain(self):
         raise LeftToHost("LoRA adapters on the experts" if self._lora_context is not None else type(self).__name__)
     if a1q_scale is not None:
-        self._moe_ops_quantised_before = True
         raise LeftToHost("tokens that come quantised")
     if getattr(self, "post_gemm2_hook", None) is not None:
         raise LeftToHost("a hook after the second GEMM")

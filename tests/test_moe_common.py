@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ops_patches import moe_common, sglang_moe, vllm_moe
+from ops_patches import counters, moe_common, sglang_moe, vllm_moe
 from ops_patches.moe_common import LeftToHost
 
 E, N, K, I = 3, 8, 4, 4  # noqa: E741
@@ -118,7 +118,7 @@ def test_activations_of_sglang(given, ours):
 
 def test_a_layer_is_warmed_up_once(monkeypatch):
     warmed = []
-    monkeypatch.setattr(moe_common, "_seen", set())
+    monkeypatch.setattr(moe_common, "_seen", {})
     monkeypatch.setattr(moe_common.moe_ops, "warmup_layer", lambda *a, **k: warmed.append(k), raising=False)
     monkeypatch.setattr(moe_common.moe_ops, "fused_experts", lambda *a, **k: k["out"], raising=False)
     w13, w2 = torch.zeros(E, 2 * I, K), torch.zeros(E, K, I)
@@ -134,6 +134,35 @@ def test_a_layer_is_warmed_up_once(monkeypatch):
     run(7, gated=False)
     run(7, torch.float16, gated=False)
     assert len(warmed) == 3
+
+
+def test_forms_that_ours_refuse_stay_with_the_host(monkeypatch):
+    """What our checks would raise for is the host's call, counted with what they say; errors of kernels are raised."""
+    monkeypatch.setattr(moe_common, "_seen", {})
+    counters.reset()
+    w13, w2 = torch.randn(E, 2 * I, K), torch.randn(E, K, I)
+    hidden, weights, ids = torch.randn(3, K), torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32)
+    routed = moe_common.or_host(lambda **call: "the host's", lambda **call: call)
+    call = {"hidden": hidden, "w13": w13, "w2": w2, "topk_weights": weights, "topk_ids": ids}
+    assert isinstance(routed(**call), torch.Tensor)
+    for change, reason in (
+        ({"topk_ids": ids.to(torch.int16)}, "topk_ids is torch.int16"),
+        ({"bias13": torch.zeros(E, 2 * I, dtype=torch.int32)}, "bias13 is torch.int32"),
+        ({"bias2": torch.zeros(E, K + 1)}, "bias2 has shape"),
+    ):
+        for _ in range(2):
+            assert routed(**call | change) == "the host's"
+        ((found, count),) = counters.snapshot()["fallback"]["fused_experts"].items()
+        assert reason in found
+        assert count == 2
+        counters.reset()
+
+    def broken(*args, **options):
+        raise RuntimeError("injected fault")
+
+    monkeypatch.setattr(moe_common.moe_ops, "fused_experts", broken, raising=False)
+    with pytest.raises(RuntimeError, match="injected fault"):
+        routed(**call)
 
 
 def test_the_front_doors_of_both_hosts_need_neither():

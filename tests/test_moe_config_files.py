@@ -5,6 +5,7 @@ import logging
 import random
 import timeit
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,11 +31,17 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(store, "_kernels", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(227 << 10))
     monkeypatch.setenv("COLUMNS", "300")
     store.use_configs(None)
     yield
     monkeypatch.undo()
     store.use_configs(None)
+
+
+def properties(shared: int) -> SimpleNamespace:
+    """What torch says of a GPU with so much shared memory."""
+    return SimpleNamespace(shared_memory_per_block_optin=shared)
 
 
 def metadata(**changes):
@@ -220,6 +227,24 @@ def test_a_layers_name_is_parsed_back():
     for _ in range(300):
         layer = random_layer()
         assert parse_layer(layer.name, layer.hidden, layer.quant, layer.block_shape) == layer
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("quant", [None, "fp8_w8a8"])
+def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, quant):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(kib << 10))
+    for layer in (LAYER, MoeLayer(8, 2, 4096, 14336), MoeLayer(5, 2, 40, 24)):
+        layer = replace(layer, quant=quant)
+        for tokens in TOKENS:
+            config = layer_config(layer, tokens, BF16, CUDA)
+            size = layer.itemsize(BF16)
+            assert moe.shared_memory(config.gate_up, 2, size) <= kib << 10
+            assert moe.shared_memory(config.down, 1, size) <= kib << 10
+            assert config.gate_up.block_m == config.down.block_m
+            if kib == 227:
+                assert config == moe.layer_default(layer, tokens, size)
+            else:
+                assert not config.down.persistent
 
 
 HALF = asdict(CONFIG.gate_up)

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from ..routing import RoutingPlan
+from .tiles import UNALIGNED
 
 MAX_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "first_without_expert_ptr"])
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
     y_ptr,  # [C, N]
     out_ptr,  # [M, N]

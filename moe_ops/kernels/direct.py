@@ -17,7 +17,7 @@ from ops_configs.moe import DIRECT_BLOCK_K
 
 from .gate_up import gated, pointwise, split_gate_up
 from .routing import load_experts
-from .tiles import bias_operand
+from .tiles import UNALIGNED, bias_operand, row_stride
 
 GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
 """Columns of a program of two warps; measured on an H200."""
@@ -32,7 +32,7 @@ def load_block(pointers, k0, live, ks, K: tl.constexpr, BLOCK_K: tl.constexpr, E
         return tl.load(pointers + k0, mask=live[:, None] & (ks < K - k0)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def gate_up_direct_kernel(
     x_ptr,  # [M, K], rows x_stride apart
     gate_ptr,  # [E, N, K]
@@ -99,7 +99,7 @@ def gate_up_direct_kernel(
     tl.store(out_ptr + choice.to(tl.int64) * N + columns, h.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def down_direct_kernel(
     h_ptr,  # [C, K]
     w_ptr,  # [E, N, K]
@@ -207,7 +207,7 @@ def fused_experts_direct(
         h,
         ids,
         expert_map,
-        x.stride(0),
+        row_stride(x),
         gate.stride(0),
         gate.stride(1),
         *bias13_strides,

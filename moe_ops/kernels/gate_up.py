@@ -22,7 +22,7 @@ from ..reference import LIMITS
 from ..routing import RoutingPlan
 from .quantize import quantized, scale_of
 from .tiles import (
-    PLAN_POINTERS,
+    UNALIGNED,
     add_product,
     bias_operand,
     load_bias,
@@ -32,6 +32,7 @@ from .tiles import (
     load_x_scale,
     operand,
     product,
+    row_stride,
     scale_arguments,
     takes_tma,
     tile_of,
@@ -200,7 +201,7 @@ def gate_up_tile(
     tl.store(out, h.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=PLAN_POINTERS)
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
 def gate_up_kernel(
     x,  # pointer to [M, K] (GATHER) or [C, K], rows x_stride apart; X_TMA: descriptor of [C, K]
     x_half,  # x; X_TMA: descriptor of half as many rows
@@ -467,7 +468,7 @@ def gate_up(
     rows_of_columns = 2 * block_n if interleaved else block_n
     gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
-        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma),
+        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128),
         operand(gate, block, tma),
         operand(up, block, tma),
         scales.pop("x_scale"),
@@ -482,7 +483,7 @@ def gate_up(
         plan.tile_starts,
         plan.tile_sizes,
         num_tiles,
-        x.stride(0),
+        row_stride(x),
         gate.stride(0),
         gate.stride(1),
         *bias_strides,

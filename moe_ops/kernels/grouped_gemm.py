@@ -19,7 +19,7 @@ from ops_configs.moe import MoeConfig
 
 from ..routing import RoutingPlan
 from .tiles import (
-    PLAN_POINTERS,
+    UNALIGNED,
     add_product,
     bias_operand,
     load_bias,
@@ -30,6 +30,7 @@ from .tiles import (
     multiprocessors,
     operand,
     product,
+    row_stride,
     scale_arguments,
     takes_tma,
     tile_of,
@@ -119,7 +120,7 @@ def grouped_tile(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=PLAN_POINTERS)
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
 def grouped_gemm_kernel(
     x,  # pointer to [M, K] (GATHER) or [C, K], rows x_stride apart; X_TMA: descriptor of [C, K]
     x_half,  # x; X_TMA: descriptor of half as many rows
@@ -162,7 +163,8 @@ def grouped_gemm_kernel(
     PERSISTENT, grid: (programs,). A program owns every programs-th of these, and fetches one while it stores another.
 
     Rows without expert are in no tile and stay as they are. Through TMA a tile also reads the rows that follow it:
-    they end in rows of the product that are not stored. A tile that is at most half full multiplies half the rows.
+    they end in rows of the product that are not stored. A tile of 128 rows that is at most half full multiplies half
+    the rows, unless PERSISTENT.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -358,7 +360,7 @@ def grouped_gemm(
     bias_ptr, *bias_strides = bias_operand(bias)
     grouped_gemm_kernel[(programs,)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
-        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma),
+        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128 and not persistent),
         operand(w, (1, config.block_n, scales["BLOCK_K"]), tma),
         scales.pop("x_scale"),
         scales.pop("w_scale"),
@@ -371,7 +373,7 @@ def grouped_gemm(
         plan.tile_sizes,
         plan.tile_count,
         num_tiles,
-        x.stride(0),
+        row_stride(x),
         w.stride(0),
         w.stride(1),
         *bias_strides,

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from ..routing import RoutingPlan
-from .tiles import PLAN_POINTERS
+from .tiles import UNALIGNED, row_stride
 
 MAX_BLOCK = 4096
 
 
-@triton.jit(do_not_specialize_on_alignment=[*PLAN_POINTERS, "first_without_expert_ptr"])
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def permute_kernel(
     x_ptr,  # [M, K], rows x_stride apart
     out_ptr,  # [C, K]
@@ -42,6 +42,6 @@ def permute(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     out = x.new_empty(rows, k)
     block = min(triton.next_power_of_2(k), MAX_BLOCK)
     permute_kernel[(rows, triton.cdiv(k, block))](
-        x, out, plan.choices, plan.starts[-1:], x.stride(0), K=k, TOP_K=plan.top_k, BLOCK=block, num_warps=4
+        x, out, plan.choices, plan.starts[-1:], row_stride(x), K=k, TOP_K=plan.top_k, BLOCK=block, num_warps=4
     )
     return out

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..reference import LIMITS, QUANTS, SMALLEST_ABSMAX
 from ..routing import RoutingPlan
+from .tiles import UNALIGNED, row_stride
 
 BLOCK = 2048
 """Elements that a program works on, if no group is larger."""
@@ -49,7 +50,7 @@ def quantized(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
     return ((x + shift) - shift).to(DTYPE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["first_without_expert_ptr"])
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def quantize_groups_kernel(
     x_ptr,  # [R, K], rows x_stride apart
     q_ptr,  # [R, K]
@@ -83,7 +84,7 @@ def quantize_groups_kernel(
     tl.store(q_ptr + row.to(tl.int64) * K + columns, q, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["first_without_expert_ptr"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=UNALIGNED)
 def absmax_kernel(
     x_ptr,  # [R, K], rows x_stride apart
     parts_ptr,  # fp32 [programs]
@@ -105,7 +106,7 @@ def absmax_kernel(
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
-@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["choices_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=UNALIGNED)
 def quantize_tensor_kernel(
     x_ptr,  # [R, K], rows x_stride apart; GATHER: [M, K], a row for each token
     q_ptr,  # [R, K]
@@ -200,7 +201,7 @@ def quantize(
             q,
             scale,
             without_expert,
-            x.stride(0),
+            row_stride(x),
             *scale.stride(),
             GROUP=group,
             GROUPS=together,
@@ -216,7 +217,7 @@ def quantize(
         num_parts = min(rows, PARTS)
         parts = torch.empty(num_parts, dtype=torch.float32, device=x.device)
         absmax_kernel[(num_parts,)](
-            x, parts, without_expert, rows, x.stride(0), K=columns, BLOCK=block, num_warps=_warps(block)
+            x, parts, without_expert, rows, row_stride(x), K=columns, BLOCK=block, num_warps=_warps(block)
         )
     experts = 0 if plan is None else plan.counts.shape[0]
     quantize_tensor_kernel[(rows, triton.cdiv(columns, block))](
@@ -227,7 +228,7 @@ def quantize(
         None if plan is None else plan.choices,
         starts,
         num_parts,
-        x.stride(0),
+        row_stride(x),
         int(scale.numel() > 1),
         TOP_K=1 if plan is None else plan.top_k,
         GATHER=gather,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .. import checks
 from ..routing import RoutingPlan, tile_count_bound
-from .tiles import PLAN_POINTERS
+from .tiles import UNALIGNED
 
 BLOCK = 128
 """Choices that a program places."""
@@ -33,7 +33,7 @@ def load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS: tl.constexpr, 
     return tl.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_choices"])
+@triton.jit(do_not_specialize=["num_choices"], do_not_specialize_on_alignment=UNALIGNED)
 def count_kernel(
     ids_ptr,  # [C]
     expert_map_ptr,  # [GLOBAL_EXPERTS] or None
@@ -79,7 +79,7 @@ def scan_kernel(
 
 @triton.jit(
     do_not_specialize=["num_choices", "num_tiles", "num_chunks"],
-    do_not_specialize_on_alignment=["choices_ptr", "rows_ptr", "counts_ptr", "starts_ptr", *PLAN_POINTERS[1:]],
+    do_not_specialize_on_alignment=UNALIGNED,
 )
 def place_kernel(
     ids_ptr,  # [C]

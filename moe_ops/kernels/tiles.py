@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PLAN_POINTERS = ["choices_ptr", "tile_experts_ptr", "tile_starts_ptr", "tile_sizes_ptr", "tile_count_ptr"]
-"""Arguments whose alignment differs from batch to batch; no kernel may be compiled for one of them."""
+UNALIGNED = [
+    *("ids_ptr", "weights_ptr", "choices_ptr", "rows_ptr", "counts_ptr", "starts_ptr", "first_without_expert_ptr"),
+    *("tile_experts_ptr", "tile_starts_ptr", "tile_sizes_ptr", "tile_count_ptr"),
+]
+"""Arguments of all kernels whose alignment differs from batch to batch; none may be compiled for one of them."""
 TMA_ALIGNMENT = 16
 """Bytes that TMA wants of a base address and of every stride but the last."""
 
@@ -156,6 +159,11 @@ def takes_tma(*tensors: torch.Tensor) -> bool:
         and all(stride * t.dtype.itemsize % TMA_ALIGNMENT == 0 for stride in t.stride()[:-1])
         for t in tensors
     )
+
+
+def row_stride(x: torch.Tensor) -> int:
+    """Elements from row to row; of a lone row, whose stride may be anything, as if more followed."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 @functools.cache

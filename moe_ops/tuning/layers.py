@@ -127,7 +127,8 @@ def _read(model: str, auto: bool) -> tuple[MoeLayer, str]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     hidden_dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    layer = MoeLayer(**sizes, quant=quant, block_shape=block_shape)
+    gated = (config.get("mlp_hidden_act") or config.get("hidden_act")) != "relu2"
+    layer = MoeLayer(**sizes, gated=gated, quant=quant, block_shape=block_shape)
     return layer, hidden_dtype if hidden_dtype in DTYPES else "bfloat16"
 
 
