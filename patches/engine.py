@@ -160,6 +160,21 @@ class PatchSet:
             raise ValueError(f"{self.env}={value!r} is not allowed: set it to 1 (patch {self.name}) or 0 (do not)")
         return value == "1"
 
+    def patch_if_requested(self) -> None:
+        """What an entry point does in each of the host's processes: patch if the variable asks for it.
+
+        A host that does not fit is a warning.
+
+        Raises:
+            ValueError: the variable is neither 0 nor 1.
+        """
+        if not self.requested():
+            return
+        try:
+            self.patch()
+        except PatchError as exc:
+            logger.warning("%s", exc)
+
     def patch(self, strict: bool = False) -> Handle:
         """Patch the host, all rows or none, and set the environment variable for child processes.
 

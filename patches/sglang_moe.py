@@ -13,7 +13,7 @@ import torch
 
 from ops_configs import store
 from ops_patches import moe_common
-from ops_patches.engine import Contract, Handle, Patch, PatchError, PatchSet
+from ops_patches.engine import Contract, Handle, Patch, PatchSet
 from ops_patches.moe_common import LeftToHost
 
 logger = logging.getLogger("lora_ops")
@@ -370,9 +370,4 @@ def plugin() -> None:
     A SGLang that does not fit is a warning: SGLang would log an exception and go on. Raises ValueError, which SGLang
     logs as an error, when MOE_OPS_SGLANG is neither 0 nor 1.
     """
-    if not SGLANG_MOE.requested():
-        return
-    try:
-        SGLANG_MOE.patch()
-    except PatchError as exc:
-        logger.warning("%s", exc)
+    SGLANG_MOE.patch_if_requested()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ops_configs import store
 from ops_patches import counters
-from ops_patches.engine import Contract, Handle, Patch, PatchError, PatchSet
+from ops_patches.engine import Contract, Handle, Patch, PatchSet
 
 logger = logging.getLogger("lora_ops")
 
@@ -334,9 +334,4 @@ def plugin() -> None:
 
     A vLLM that does not fit is a warning. Raises ValueError, which stops vLLM, when LORA_OPS_VLLM is neither 0 nor 1.
     """
-    if not VLLM_LORA.requested():
-        return
-    try:
-        VLLM_LORA.patch()
-    except PatchError as exc:
-        logger.warning("%s", exc)
+    VLLM_LORA.patch_if_requested()

@@ -10,7 +10,7 @@ import torch
 
 from ops_configs import store
 from ops_patches import moe_common
-from ops_patches.engine import Contract, Handle, Patch, PatchError, PatchSet
+from ops_patches.engine import Contract, Handle, Patch, PatchSet
 from ops_patches.moe_common import LeftToHost
 
 logger = logging.getLogger("lora_ops")
@@ -344,9 +344,4 @@ def plugin() -> None:
 
     A vLLM that does not fit is a warning. Raises ValueError, which stops vLLM, when MOE_OPS_VLLM is neither 0 nor 1.
     """
-    if not VLLM_MOE.requested():
-        return
-    try:
-        VLLM_MOE.patch()
-    except PatchError as exc:
-        logger.warning("%s", exc)
+    VLLM_MOE.patch_if_requested()
