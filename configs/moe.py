@@ -235,16 +235,34 @@ def moe_default(
     return MoeConfig(block_m, min(block_n, padded(n)), min(128, max(32, padded(k))), 4, 4, 1)
 
 
-def layer_default(layer: MoeLayer, tokens: int, itemsize: int = 2, block_m: int | None = None) -> LayerConfig:
-    """Launch parameters of a layer where no tuned ones are known; block_m: of the tiles, else `tile_rows`."""
+def layer_default(
+    layer: MoeLayer,
+    tokens: int,
+    itemsize: int = 2,
+    block_m: int | None = None,
+    shared: int = files.MAX_SHARED_BYTES,
+) -> LayerConfig:
+    """Launch parameters of a layer where no tuned ones are known.
+
+    Args:
+        layer, tokens: the layer, and how many tokens a batch has.
+        itemsize: bytes of an element.
+        block_m: rows of a tile, else `tile_rows`.
+        shared: bytes of shared memory that a block may have.
+    """
     block_m = block_m or tile_rows(tokens, layer.global_experts or layer.experts, layer.top_k, itemsize)
     batch = (block_m, tokens, layer.experts, layer.top_k)
     first = moe_default(*batch, layer.intermediate, layer.hidden, products=layer.products, itemsize=itemsize)
     second = moe_default(*batch, layer.hidden, layer.intermediate, itemsize=itemsize)
     if itemsize == 2 and block_m == 128:  # copying rows pays off where many columns are made of each
         first = replace(first, permute=layer.quant is None and layer.intermediate >= PERMUTE_COLUMNS)
-        second = replace(second, persistent=True)
-    return LayerConfig(first, second)
+        second = replace(second, persistent=persistent_fits(shared))
+    return LayerConfig(fitted(first, layer.products, itemsize, shared), fitted(second, 1, itemsize, shared))
+
+
+def persistent_fits(shared: int) -> bool:
+    """Whether persistent programs run with that many bytes of shared memory: they need more than the operands take."""
+    return shared >= files.MAX_SHARED_BYTES
 
 
 def fitted(config: MoeConfig, products: int, itemsize: int, shared: int) -> MoeConfig:
@@ -299,12 +317,7 @@ def layer_config(layer: MoeLayer, tokens: int, dtype, device) -> LayerConfig:
 def _layer_config(layer: MoeLayer, bucket: int, dtype, device) -> LayerConfig:
     itemsize = layer.itemsize(dtype)
     tuned = _pinned[0] if _pinned else _find(layer, bucket, dtype, device, itemsize)
-    if tuned:
-        return tuned
-    default, shared = layer_default(layer, bucket, itemsize), _shared_bytes(device)
-    small = shared < files.MAX_SHARED_BYTES  # persistent programs need more than the operands take
-    down = replace(default.down, persistent=default.down.persistent and not small)
-    return LayerConfig(fitted(default.gate_up, layer.products, itemsize, shared), fitted(down, 1, itemsize, shared))
+    return tuned or layer_default(layer, bucket, itemsize, shared=_shared_bytes(device))
 
 
 def _find(layer: MoeLayer, bucket: int, dtype, device, itemsize: int) -> LayerConfig | None:

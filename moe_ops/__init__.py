@@ -26,7 +26,8 @@ __all__ = [*_HOME, *_SUBMODULES]
 
 def __getattr__(name: str):
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)  # found by itself from now on
+        return value
     if name in _SUBMODULES:
         return import_module(f"moe_ops.{name}")
     raise AttributeError(f"module 'moe_ops' has no attribute {name!r}")

@@ -20,6 +20,9 @@ from ops_configs.store import register_kernels
 
 register_kernels("moe_ops", Path(__file__).parent / "kernels")
 
+QUANTISATION = ("quant", "w13_scale", "w2_scale", "a1_scale", "a2_scale", "per_token", "block_shape")
+"""Options of a layer that say how it is quantised."""
+
 
 @functools.cache
 def _supports_pdl(device: torch.device) -> bool:
@@ -27,12 +30,12 @@ def _supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def run_layer(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
+def run_layer(out, hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:
     """Write the layer to out, which may be hidden; arguments as `moe_ops.fused_experts` has them, none left out."""
     if out.numel() == 0:
         return
     tokens, top_k = topk_ids.shape
-    layer = layer_of(w2, top_k, **options)
+    layer = layer_of(w2, top_k, global_experts=global_experts, **options)
     if runs_direct(layer, tokens):
         run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options)
         return
@@ -40,36 +43,21 @@ def run_layer(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
     run_planned(out, hidden, w13, w2, topk_weights, topk_ids, config, **options)
 
 
-def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, **_) -> MoeLayer:
+def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, global_experts, **_) -> MoeLayer:
     """What the launch parameters of the layer depend on."""
     experts, width, inner = w2.shape
     blocks = None if block_shape is None else tuple(block_shape)
-    return MoeLayer(
-        experts, top_k, width, inner, gated, quant, blocks, None if expert_map is None else expert_map.shape[0]
-    )
+    if expert_map is not None:
+        global_experts = expert_map.shape[0]
+    return MoeLayer(experts, top_k, width, inner, gated, quant, blocks, global_experts)
 
 
-def run_direct(
-    out,
-    hidden,
-    w13,
-    w2,
-    topk_weights,
-    topk_ids,
-    *,
-    quant,
-    w13_scale,
-    w2_scale,
-    a1_scale,
-    a2_scale,
-    per_token,
-    block_shape,
-    **options,
-) -> None:
+def run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
     """The layer, unquantised, choice by choice."""
     from .kernels.direct import fused_experts_direct
 
     pdl = _supports_pdl(hidden.device)
+    options = {name: value for name, value in options.items() if name not in QUANTISATION}
     fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
 
 
@@ -146,13 +134,13 @@ def run_planned(
     combine(y, out, plan, routed_scaling, pdl=pdl)
 
 
-def compile_layer(hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
+def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:
     """Compile all kernels that any batch of the layer runs, by running one token with each of its launch parameters."""
     from .kernels.routing import CHUNK, routing_plan
 
     top_k, expert_map = topk_ids.shape[1], options["expert_map"]
     arguments = (torch.empty_like(hidden), hidden, w13, w2, topk_weights, topk_ids)
-    layer = layer_of(w2, top_k, **options)
+    layer = layer_of(w2, top_k, global_experts=global_experts, **options)
     if runs_direct(layer, 1):
         run_direct(*arguments, **options)
     for config in dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS):

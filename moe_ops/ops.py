@@ -101,7 +101,7 @@ LAYER = (
     "Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation, bool gated, "
     "bool interleaved, float swiglu_alpha, float swiglu_limit, Tensor? bias13, Tensor? bias2, Tensor? expert_map, "
     "bool apply_router_weight_on_input, float routed_scaling, str? quant, Tensor? w13_scale, Tensor? w2_scale, "
-    "Tensor? a1_scale, Tensor? a2_scale, bool per_token, int[]? block_shape"
+    "Tensor? a1_scale, Tensor? a2_scale, bool per_token, int[]? block_shape, int? global_experts"
 )
 
 
@@ -183,6 +183,7 @@ def _layer(
     a2_scale,
     per_token,
     block_shape,
+    global_experts,
 ):
     """Write the layer to out, which may be hidden: nothing reads hidden once out is written."""
     options = {
@@ -210,7 +211,7 @@ def _layer(
         return
     from .launches import run_layer
 
-    run_layer(out, hidden, w13, w2, topk_weights, topk_ids, **options)
+    run_layer(out, hidden, w13, w2, topk_weights, topk_ids, global_experts=global_experts, **options)
 
 
 def quantize(
@@ -284,14 +285,19 @@ def fused_experts(
     a2_scale: torch.Tensor | None = None,
     per_token: bool = False,
     block_shape: tuple[int, int] | None = None,
+    global_experts: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed-experts layer; arguments and result are those of `reference.fused_experts`.
+    """The routed-experts layer; arguments and result are those of `reference.fused_experts`, and one more.
 
     Intermediates are rounded to the dtype of hidden: what the activation returns (before it is quantised, too), and
     what each expert returns for a token, routed weight included (not of a few tokens, whose
     experts are summed up in fp32). Without a host sync; ids out of range are found on the
     CPU only, else they count as -1.
+
+    Args:
+        global_experts: that the router chooses from, where -1 stands for those of other devices; what an expert_map
+            says by itself. Launch parameters depend on it.
 
     Raises:
         ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
@@ -319,6 +325,7 @@ def fused_experts(
         a2_scale,
         per_token,
         block_shape,
+        global_experts,
     )
     if out is None:
         return torch.ops.moe_ops.fused_experts(*args)

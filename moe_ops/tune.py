@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ops_configs import files, moe, store, tuning
-from ops_configs.moe import TOKENS, layer_default, parse_layer
-from ops_configs.tuning import SOFTWARE, Journal, gpu_indices, metadata
+from ops_configs.moe import TOKENS, parse_layer
+from ops_configs.tuning import SOFTWARE, Journal, metadata
 
 from .tuning import candidates
 from .tuning.layers import DTYPES, MODELS, Target, model_target, sharded, target
@@ -183,7 +183,7 @@ def dry_run(args: argparse.Namespace, console: Console) -> None:
         if args.no_tune:
             continue
         kernels |= set(jobs(unit, settings, files.MAX_SHARED_BYTES))
-        default = layer_default(unit.target.layer, unit.tokens, unit.itemsize)
+        default = unit.default(files.MAX_SHARED_BYTES)
         us = sum(
             candidates.model_us(unit.target.layer, half, unit.tokens, getattr(default, half), unit.itemsize)
             for half in candidates.HALVES
@@ -210,7 +210,7 @@ def all_units(args: argparse.Namespace) -> list[Unit]:
 
 
 def write_files(
-    folder: Path, verified: Iterable[dict], units: Mapping[tuple, Unit], meta: dict, routing: str
+    folder: Path, verified: Iterable[dict], units: Mapping[tuple, Unit], meta: dict, routing: str, shared: int
 ) -> list[Path]:
     """Write entries; those of other layers and buckets that stand in a file from the same software stay."""
     found: dict[Path, dict[tuple[str, int], dict]] = {}
@@ -222,8 +222,7 @@ def write_files(
         if kept(record):
             entry = moe.entry(config_of(record["config"]), record["us"], record["default_us"])
         else:
-            default = layer_default(unit.target.layer, unit.tokens, unit.itemsize)
-            entry = moe.entry(default, record["default_us"], record["default_us"])
+            entry = moe.entry(unit.default(shared), record["default_us"], record["default_us"])
         found.setdefault(path, {})[record["layer"], record["tokens"]] = entry
     for path, new in found.items():
         old = moe.read(path) if path.exists() else None
@@ -299,31 +298,16 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     if todo := [replace(units[case], start=config_of(swept[case]["config"])) for case in swept if case not in done]:
         run_units(todo, gpus, settings(1.0), journal, console, "measure again")
     verified = verified_records(journal, swept)
-    if not verified:
-        console.print("[red]the time limit left nothing measured twice: run the same command again to go on")
-        return 1
-    paths = write_files(folder, verified.values(), units, meta, args.routing)
-    report(folder, args, verified.values(), meta, console)
-    console.print(f"{len(paths)} files in {folder}; use them with {store.CONFIG_DIR}={args.out}", highlight=False)
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
-    if left := len(units) - len(verified):
-        console.print(f"[yellow]{left} of {len(units)} cases are left: run the same command again to go on")
-    return 0
+    paths = []
+    if verified:
+        shared = tuning.most_shared(gpus[0])
+        paths = write_files(folder, verified.values(), units, meta, args.routing, shared)
+        report(folder, args, verified.values(), meta, console)
+    return tuning.close(console, folder, paths, started, len(verified), len(units))
 
 
-def main(argv: list[str] | None = None) -> int:
-    import torch
-
-    args = arguments(argv)
-    console = Console()
-    if args.dry_run:
-        dry_run(args, console)
-        return 0
-    try:
-        gpus = gpu_indices(args.gpu, torch.cuda.device_count())
-    except ValueError as error:
-        console.print(f"[red]{error}")
-        return 2
+def tune_all(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
+    """Tune our kernels, then the hosts' own, as the arguments say; returns the exit code."""
     store.register_kernels("moe_ops", KERNELS)
     code = 0 if args.only_hosts else tune(args, gpus, console)
     for host, folder in (("vllm", args.write_vllm), ("sglang", args.write_sglang)):
@@ -332,6 +316,10 @@ def main(argv: list[str] | None = None) -> int:
             sizes = hosts.Sizes(list(args.targets), args.batch_size, args.routing)
             hosts.write(host, folder, sizes, gpus[0], args.compile_processes, console)
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tuning.main(arguments(argv), dry_run, tune_all)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
         LeftToHost: dtypes, shapes or a device that `moe_ops.fused_experts` does not take.
     """
     kinds = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
-    signature = (hidden.device, *kinds.values(), topk_ids.shape[1], _form(w13), _form(w2), *map(_form, layer.values()))
-    if signature not in _seen:
-        _seen[signature] = _warmed_up(w13, w2, topk_ids.shape[1], **kinds, **layer)
-    if reason := _seen[signature]:
+    form = hidden.device, *kinds.values(), topk_ids.shape[1], *map(_form, (w13, w2, *layer.values()))
+    reason = _seen.get(form)
+    if reason is None:
+        reason = _seen[form] = _warmed_up(w13, w2, topk_ids.shape[1], **kinds, **layer)
+    if reason:
         raise LeftToHost(reason)
     result = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids, out=out, **layer)
     state.publish()

@@ -102,12 +102,14 @@ def from_function(
 ) -> dict:
     """Arguments of ours from those of `fused_experts_impl` (the last three are not in every version).
 
-    Ids of -1 are experts of other ranks. Quantised tokens that come beside the others (a1_q) are not needed.
+    Ids of -1 are experts of other ranks: of layers that may have such (filter_expert), each rank has as many experts.
+    Quantised tokens that come beside the others (a1_q) are not needed.
 
     Raises:
         LeftToHost: the call is not one for our kernels.
     """
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+    from sglang.srt.runtime_context import get_parallel
 
     if is_batch_invariant_mode_enabled():
         raise LeftToHost("batch-invariant mode: the rows of a tile depend on the batch")
@@ -132,6 +134,7 @@ def from_function(
         "bias13": b1,
         "bias2": b2,
         "apply_router_weight_on_input": apply_router_weight_on_input,
+        "global_experts": w1.shape[0] * get_parallel().moe_ep_size if filter_expert else None,
         "routed_scaling": 1.0 if routed_scaling_factor is None else routed_scaling_factor,
         **activation_of(
             activation,
@@ -211,6 +214,7 @@ def from_runner(runner_input, quant_info, config) -> dict:
         config.routed_scaling_factor,
         config.gemm1_alpha,
         config.gemm1_clamp_limit,
+        config.num_experts != config.num_local_experts,
         swiglu_limit=config.swiglu_limit,
         fuse_swiglu_interleaved=getattr(quant_info, "fuse_swiglu_interleaved", False),
     )
@@ -267,6 +271,7 @@ CONTRACTS = (
         Contract(target, VERSIONS, why, signature=signature, platform="cuda")
         for target, signature, why in (
             ("sglang.srt.batch_invariant_ops:is_batch_invariant_mode_enabled", "()", "Such calls stay SGLang's."),
+            ("sglang.srt.runtime_context:get_parallel", "()", "Says how many ranks share the experts."),
             ("sglang.srt.layers.dp_attention:is_allocation_symmetric", "()", "Says where the output belongs."),
             ("sglang.srt.distributed:get_tp_group", "()", "Its symmetric memory holds the output."),
             (
@@ -300,6 +305,7 @@ CONTRACTS = (
         fields=(
             *("inplace", "activation", "is_gated", "apply_router_weight_on_input", "no_combine"),
             *("routed_scaling_factor", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "gate_up_interleaved"),
+            *("num_experts", "num_local_experts"),
         ),
         platform="cuda",
     ),

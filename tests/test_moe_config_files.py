@@ -5,7 +5,6 @@ import logging
 import random
 import timeit
 from dataclasses import asdict, fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,32 +15,15 @@ from ops_configs import files, moe, store
 from ops_configs.moe import QUANTS, TILE_ROWS, TOKENS, LayerConfig, MoeConfig, MoeLayer, layer_config, parse_layer
 from ops_patches import state
 
-GPU = "NVIDIA H200"
+from .conftest import GPU, properties
+
+pytestmark = pytest.mark.usefixtures("one_gpu")
+
 BF16, CUDA, CPU = torch.bfloat16, torch.device("cuda", 0), torch.device("cpu")
 LAYER = MoeLayer(128, 8, 2048, 768)
 CONFIG = LayerConfig(MoeConfig(32, 64, 128, 4, 3, 2), MoeConfig(32, 256, 32, 8, 2, 4))
 OTHER = LayerConfig(MoeConfig(64, 32, 64, 4, 2, 1), MoeConfig(64, 128, 64, 4, 2, 1))
 METADATA = {"gpu": GPU, "kernels": "", "date": "2026-01-01", "command": "python -m moe_ops.tune --model mixtral-8x7b"}
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch, tmp_path):
-    """A process on an H200, for which nothing is shipped, with no folder set."""
-    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(227 << 10))
-    monkeypatch.setenv("COLUMNS", "300")
-    store.use_configs(None)
-    yield
-    monkeypatch.undo()
-    store.use_configs(None)
-
-
-def properties(shared: int) -> SimpleNamespace:
-    """What torch says of a GPU with so much shared memory."""
-    return SimpleNamespace(shared_memory_per_block_optin=shared)
 
 
 def metadata(**changes):

@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 
 from ops_configs.files import MAX_SHARED_BYTES
-from ops_configs.moe import TILE_ROWS, MoeConfig, MoeLayer, layer_default, shared_memory
+from ops_configs.moe import TILE_ROWS, MoeConfig, MoeLayer, layer_default, persistent_fits, shared_memory
 from ops_configs.store import padded
 
 MAX_STAGES, USUAL_STAGES = 6, 4
@@ -92,13 +92,13 @@ def warps_of(block_m: int) -> tuple[int, ...]:
     return (4, 8) if block_m >= 64 else (2, 4, 8)
 
 
-def space(half: Half, block_m: int, itemsize: int) -> list[MoeConfig]:
+def space(half: Half, block_m: int, itemsize: int, shared: int) -> list[MoeConfig]:
     """All blocks, warps and stages for tiles of block_m rows; large tiles of down in persistent programs."""
     warps = warps_of(block_m)
     grid = itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256), warps, range(2, MAX_STAGES + 1))
     if itemsize == 4:  # products on CUDA cores: operands live in registers
         grid = itertools.product((16, 32, 64), (16, 32, 64), warps, (2, 3))
-    persistent = half == "down" and block_m == 128 and itemsize < 4
+    persistent = half == "down" and block_m == 128 and itemsize < 4 and persistent_fits(shared)
     return [MoeConfig(block_m, *values, group_m=8 if block_m >= 64 else 1, persistent=persistent) for values in grid]
 
 
@@ -119,8 +119,9 @@ def candidates(
 
     Of those that differ in their stages alone, the deepest of USUAL_STAGES go first; the others fill the list up.
     """
-    default = getattr(layer_default(layer, tokens, itemsize, block_m), half)
-    fitting = [config for config in space(half, block_m, itemsize) if runs(layer, half, config, itemsize, shared)]
+    default = getattr(layer_default(layer, tokens, itemsize, block_m, shared), half)
+    everything = space(half, block_m, itemsize, shared)
+    fitting = [config for config in everything if runs(layer, half, config, itemsize, shared)]
     times = {config: model_us(layer, half, tokens, config, itemsize) for config in fitting if config != default}
     usual: dict[tuple[int, int, int], MoeConfig] = {}
     for config in times:
@@ -144,7 +145,7 @@ def neighbours(
     }
     if config.block_m >= 64 and itemsize < 4:
         if half == "down":
-            others["persistent"] = (False, True)
+            others["persistent"] = (False, True) if persistent_fits(shared) else (False,)
         elif layer.quant is None:
             others["permute"] = (False, True)
     found = [replace(config, **{name: value}) for name, values in others.items() for value in values]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from ops_configs.moe import DIRECT_TOKENS, LayerConfig, MoeConfig, layer_default, runs_direct
-from ops_configs.tuning import Steps
+from ops_configs.tuning import Steps, most_shared
 
 from .candidates import HALVES, Half, block_ms, candidates, neighbours
 from .layers import Target
@@ -51,10 +51,14 @@ class Unit:
 
         return self.target.layer.itemsize(getattr(torch, self.target.hidden_dtype))
 
+    def default(self, shared: int) -> LayerConfig:
+        """The analytic default for a GPU with that many bytes of shared memory."""
+        return layer_default(self.target.layer, self.tokens, self.itemsize, shared=shared)
+
     def candidates(self, shared: int) -> dict[int, dict[Half, list[MoeConfig]]]:
         """Of the sweep, by rows of a tile and half; the analytic default first, alone where it is not used either."""
         if runs_direct(self.target.layer, self.tokens):
-            default = layer_default(self.target.layer, self.tokens, self.itemsize)
+            default = self.default(shared)
             return {default.gate_up.block_m: {half: [getattr(default, half)] for half in HALVES}}
         arguments = self.itemsize, shared
         return {
@@ -116,7 +120,7 @@ def compile_job(settings: Settings, device: int, target: Target, half: Half, con
     with contextlib.suppress(Exception):
         batch = _small(target, device)
         itemsize = target.layer.itemsize(batch.bench.dtype)
-        default = layer_default(target.layer, 1, itemsize, config.block_m)
+        default = layer_default(target.layer, 1, itemsize, config.block_m, most_shared(device))
         with pinned(replace(default, **{half: config})):
             batch.run(0)
 
@@ -145,7 +149,7 @@ def verify(unit: Unit, settings: Settings, bench, batch, shared: int) -> dict:
     """Record of a second measurement: the neighbours on one batch, the winner beside the default on two others."""
     from .measure import ROUTINGS, Sweep
 
-    found = Sweep(batch, layer_default(unit.target.layer, unit.tokens, unit.itemsize))
+    found = Sweep(batch, unit.default(shared))
     config = unit.start
     for half in HALVES:
         config = found.improve(config, half, unit.neighbours(config, half, shared))

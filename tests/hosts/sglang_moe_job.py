@@ -1,6 +1,7 @@
 """Runs SGLang's real MoE runner unpatched and patched on CPU tensors, kernels in Triton's interpreter.
 
-Prints one JSON object: for each case the largest difference, relative to the largest value, and what was counted.
+Prints one JSON object: for each case the largest difference, relative to the largest value, and what was counted; and
+the layers that our launch parameters were looked up for.
 Needs TRITON_INTERPRET=1, TORCHDYNAMO_DISABLE=1, CUDA_VISIBLE_DEVICES="" and SGLang's sources on PYTHONPATH.
 """
 
@@ -87,10 +88,14 @@ from sglang.srt.layers.moe.moe_runner.triton import (  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput  # noqa: E402
 from sglang.srt.layers.moe.topk import StandardTopKOutput  # noqa: E402
 from sglang.srt.lora.lora_moe_runners import LoRAHooks  # noqa: E402
+from sglang.srt.runtime_context import get_parallel  # noqa: E402
 
 import moe_ops  # noqa: E402
 from moe_ops.reference import quantize  # noqa: E402
+from ops_configs import store  # noqa: E402
 
+RANKS = 3
+"""Over which expert-parallel layers are spread."""
 CONFIG = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 1, "num_warps": 4}
 
 
@@ -212,7 +217,7 @@ def hooks_that_add() -> LoRAHooks:
 def main() -> None:
     stand_ins()
     calls = {name: (make().fused,) * 2 for name, make in (CASES | LEFT).items()}
-    layer = Layer(top_k=3)
+    layer = Layer(top_k=3, local=3)
     for name, hooks in (("adapters", hooks_that_add()), ("adapters, none in the batch", LoRAHooks())):
         calls[name] = (functools.partial(layer.runner, hooks),) * 2
     calls["fp8 quantised once"] = (Layer(quant="fp8_w8a8", per=BLOCK).quantised_once,) * 2
@@ -222,7 +227,9 @@ def main() -> None:
         interleaved.w13 = layer.w13.unflatten(1, (2, INNER)).transpose(1, 2).flatten(1, 2)  # gate, up, gate, up, ...
         interleaved.info = layer.info | {"fuse_swiglu_interleaved": True}
         calls["interleaved at load"] = (layer.fused, interleaved.fused)
-    print(json.dumps({"cases": compare(moe_ops.patch_sglang, lambda: moe_ops.status()["sglang"], calls)}))
+    with get_parallel().override(moe_ep_size=RANKS):
+        cases = compare(moe_ops.patch_sglang, lambda: moe_ops.status()["sglang"], calls)
+    print(json.dumps({"cases": cases, "layers": [choice["shape"] for choice in store.choices()]}))
 
 
 if __name__ == "__main__":

@@ -84,3 +84,12 @@ def test_our_kernels_give_the_results_of_sglang(report, name):
 def test_what_we_do_not_take_stays_sglangs(report, name):
     assert_left(report["cases"][name], LEFT[name])
     assert f"moe_ops: fused_experts falls back to the host: {LEFT[name]}" in report["log"]
+
+
+def test_expert_parallel_layers_are_known_as_such(report):
+    """Two layers have experts on other ranks: 5 here, as many on each of the two others."""
+    spread = [shape for shape in report["layers"] if "global_experts" in shape]
+    assert spread == [
+        f"grouped_gemm_config_64_float16, experts=5,intermediate=48,top_k={top_k},global_experts=15" for top_k in (2, 3)
+    ]
+    assert len(report["layers"]) > len(spread)

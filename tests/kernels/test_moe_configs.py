@@ -57,3 +57,25 @@ def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, persistent,
     assert used == {"gate_up": config.gate_up, "grouped_gemm": config.down, "routing_plan": config.gate_up.block_m}
     expected = reference.fused_experts(x.float(), w13, w2, weights, ids, expert_map=expert_map)
     torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=0.004)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_host_says_how_many_experts_there_are_where_it_has_no_map(monkeypatch, device, tokens):
+    """Those of other devices are -1 there."""
+    experts, top_k, hidden, inner = 4, 2, 48, 40
+    x = torch.randn(tokens, hidden, device=device, dtype=torch.float16)
+    w13 = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.float16) * hidden**-0.5
+    w2 = torch.randn(experts, hidden, inner, device=device, dtype=torch.float16) * inner**-0.5
+    ids = torch.rand(tokens, 12, device=device).argsort(1)[:, :top_k].int()
+    ids[ids >= experts] = -1
+    weights, asked = torch.rand(tokens, top_k, device=device), []
+
+    def runs_direct(layer, tokens):
+        asked.append(layer)
+        return tokens == 1
+
+    monkeypatch.setattr("moe_ops.launches.runs_direct", runs_direct)
+    out = fused_experts(x, w13, w2, weights, ids, global_experts=12)
+    assert asked == [MoeLayer(experts, top_k, hidden, inner, global_experts=12)]
+    expected = reference.fused_experts(x.float(), w13, w2, weights, ids)
+    torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=0.004)
