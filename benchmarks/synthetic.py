@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 
+from lora_ops.tuning import layers as lora_layers
+from moe_ops.tuning import layers as moe_layers
+
 CORPUS = Path(__file__).resolve().parent.parent / "LICENSE"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -78,11 +81,25 @@ class LlamaShape:
 
 
 TINY = LlamaShape(hidden=256, intermediate=704, layers=2, heads=4, kv_heads=2, vocab=512)
-LLAMA3_8B = LlamaShape(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256, max_length=8192)
-LLAMA3_70B = LlamaShape(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256, max_length=8192)
-_QWEN3 = {"kv_heads": 8, "vocab": 151936, "max_length": 8192, "head_dim": 128, "architecture": "qwen3"}
-QWEN3_8B = LlamaShape(hidden=4096, intermediate=12288, layers=36, heads=32, **_QWEN3)
-QWEN3_32B = LlamaShape(hidden=5120, intermediate=25600, layers=64, heads=64, **_QWEN3)
+
+
+def _llama(name: str, layers: int, vocab: int, architecture: str = "llama") -> LlamaShape:
+    """A model whose layers the LoRA tuner knows."""
+    sizes = lora_layers.MODELS[name]
+    return LlamaShape(
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
+        layers=layers,
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"],
+        vocab=vocab,
+        max_length=8192,
+        head_dim=sizes["head_dim"],
+        architecture=architecture,
+    )
+
+
+LLAMA3_8B = _llama("llama3-8b", layers=32, vocab=128256)
 TINY_MOE = LlamaShape(
     hidden=256,
     intermediate=128,
@@ -94,9 +111,10 @@ TINY_MOE = LlamaShape(
     experts=8,
     top_k=2,
 )
+_EXPERTS = moe_layers.MODELS["qwen3-30b-a3b"]
 QWEN3_30B_A3B = LlamaShape(
-    hidden=2048,
-    intermediate=768,
+    hidden=_EXPERTS.hidden,
+    intermediate=_EXPERTS.intermediate,
     layers=48,
     heads=32,
     kv_heads=4,
@@ -104,15 +122,15 @@ QWEN3_30B_A3B = LlamaShape(
     max_length=8192,
     head_dim=128,
     architecture="qwen3_moe",
-    experts=128,
-    top_k=8,
+    experts=_EXPERTS.experts,
+    top_k=_EXPERTS.top_k,
 )
 SHAPES = {
     "tiny": TINY,
     "llama3-8b": LLAMA3_8B,
-    "llama3-70b": LLAMA3_70B,
-    "qwen3-8b": QWEN3_8B,
-    "qwen3-32b": QWEN3_32B,
+    "llama3-70b": _llama("llama3-70b", layers=80, vocab=128256),
+    "qwen3-8b": _llama("qwen3-8b", layers=36, vocab=151936, architecture="qwen3"),
+    "qwen3-32b": _llama("qwen3-32b", layers=64, vocab=151936, architecture="qwen3"),
     "tiny-moe": TINY_MOE,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
 }

@@ -5,6 +5,7 @@ units -> one process a GPU, which compiles in a pool of further processes while 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import multiprocessing
@@ -42,6 +43,44 @@ def gpu_indices(text: str, count: int) -> list[int]:
     if not all(part.isdecimal() and int(part) < count for part in parts):
         raise ValueError(f"--gpu {text!r}: give all, or some of {', '.join(map(str, range(count)))}")
     return sorted({int(part) for part in parts})
+
+
+def main(
+    args: argparse.Namespace,
+    dry_run: Callable[[argparse.Namespace, Console], None],
+    tune: Callable[[argparse.Namespace, list[int], Console], int],
+) -> int:
+    """What a tuner does with its arguments; returns the exit code.
+
+    dry_run: prints what would be measured; tune: measures on these GPUs, returns the exit code.
+    """
+    import torch
+
+    console = Console()
+    if args.dry_run:
+        dry_run(args, console)
+        return 0
+    try:
+        gpus = gpu_indices(args.gpu, torch.cuda.device_count())
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        return 2
+    return tune(args, gpus, console)
+
+
+def close(console: Console, folder: Path, paths: list[Path], started: float, done: int, cases: int) -> int:
+    """Say where the files are and what is left to do; returns the exit code.
+
+    folder: of the GPU; paths: the files written; started: on the clock of time.monotonic; done: of that many cases.
+    """
+    if not done:
+        console.print("[red]the time limit left nothing measured twice: run the same command again to go on")
+        return 1
+    console.print(f"{len(paths)} files in {folder}; use them with {store.CONFIG_DIR}={folder.parent}", highlight=False)
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+    if done < cases:
+        console.print(f"[yellow]{cases - done} of {cases} cases are left: run the same command again to go on")
+    return 0
 
 
 def gpu_name(gpus: list[int]) -> str:

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from ops_configs import files, store, tuning
 from ops_configs.lora import ExpandConfig, ShrinkConfig
-from ops_configs.tuning import SOFTWARE, gpu_indices, metadata
+from ops_configs.tuning import SOFTWARE, metadata
 
 from .config import MAX_RANK
 from .tuning import decide
@@ -268,32 +268,16 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     if todo := [case for case in swept if case not in journal.verified(tuned)]:
         run_units(units_of(todo, tuned), gpus, settings(1.0), journal, console, "measure again")
     verified = {case: result for case, result in journal.verified(tuned).items() if case in swept}
-    if not verified:
-        console.print("[red]the time limit left nothing measured twice: run the same command again to go on")
-        return 1
-    on = decide.kept(verified, tuned)
-    paths = write_files(folder, decide.entries(verified, tuned, on), meta, args)
-    report(folder, args, verified, tuned, on, meta, console)
-    console.print(f"{len(paths)} files in {folder}; use them with {store.CONFIG_DIR}={args.out}", highlight=False)
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
-    if left := len(cases) - len(verified):
-        console.print(f"[yellow]{left} of {len(cases)} cases are left: run the same command again to go on")
-    return 0
+    paths = []
+    if verified:
+        on = decide.kept(verified, tuned)
+        paths = write_files(folder, decide.entries(verified, tuned, on), meta, args)
+        report(folder, args, verified, tuned, on, meta, console)
+    return tuning.close(console, folder, paths, started, len(verified), len(cases))
 
 
-def main(argv: list[str] | None = None) -> int:
-    import torch
-
-    args = arguments(argv)
-    console = Console()
-    if args.dry_run:
-        dry_run(args, console)
-        return 0
-    try:
-        gpus = gpu_indices(args.gpu, torch.cuda.device_count())
-    except ValueError as error:
-        console.print(f"[red]{error}")
-        return 2
+def tune_all(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
+    """Tune our kernels, then vLLM's own, as the arguments say; returns the exit code."""
     store.register_kernels("lora_ops", KERNELS)
     code = 0 if args.only_vllm else tune(args, gpus, console)
     if args.write_vllm:
@@ -302,6 +286,10 @@ def main(argv: list[str] | None = None) -> int:
         sizes = hosts.Sizes(layers, args.ranks, args.tokens, args.max_loras, DTYPES[args.dtype])
         hosts.write(args.write_vllm, sizes, gpus[0], args.compile_processes, console)
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tuning.main(arguments(argv), dry_run, tune_all)
 
 
 if __name__ == "__main__":

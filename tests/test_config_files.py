@@ -17,23 +17,13 @@ from ops_configs import files, lora, store
 from ops_configs.lora import ExpandConfig, ShrinkConfig
 from ops_patches import state
 
+from .conftest import GPU
+
+pytestmark = pytest.mark.usefixtures("one_gpu")
+
 K, SLICES, WIDTHS = 4096, 3, (4096, 1024, 1024)
-GPU = "NVIDIA H200"
 BF16, CUDA, CPU = torch.bfloat16, torch.device("cuda", 0), torch.device("cpu")
 SHRINK, EXPAND = ShrinkConfig(64, 256, 8, 2), ExpandConfig(32, 16, 8, 1, 3)
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch, tmp_path):
-    """A process on an H200, for which nothing is shipped, with no folder set."""
-    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
-    store.use_configs(None)
-    yield
-    monkeypatch.undo()
-    store.use_configs(None)
 
 
 def metadata(**changes):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,31 +20,19 @@ import torch
 from moe_ops import tune
 from moe_ops.tuning import candidates, measure, worker
 from moe_ops.tuning.layers import DTYPES, MODELS, Target, model_target, sharded, target
-from ops_configs import files, moe, store
+from ops_configs import files, moe, store, tuning
 from ops_configs.moe import TILE_ROWS, TOKENS, LayerConfig, MoeConfig, MoeLayer, layer_config
 from ops_patches import moe_host_configs as hosts
 
+from .conftest import GPU, properties
+
+pytestmark = pytest.mark.usefixtures("one_gpu")
+
 ROOT = Path(__file__).resolve().parent.parent
-GPU = "NVIDIA H200"
 BF16, CUDA, CPU = torch.bfloat16, torch.device("cuda", 0), torch.device("cpu")
 QWEN = MODELS["qwen3-30b-a3b"]
 DRAWS = 10
 SIZES = "--hidden-size 64 --intermediate-size 32 --experts 4 --topk 2"
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch, tmp_path):
-    """A machine with one H200, no folder set, nothing shipped."""
-    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("COLUMNS", "220")
-    store.use_configs(None)
-    yield
-    monkeypatch.undo()
-    store.use_configs(None)
 
 
 def test_models_by_name():
@@ -244,11 +233,20 @@ def test_candidates_are_enough_valid_and_begin_with_the_default(layer, itemsize)
                 assert len(candidates.neighbours(layer, half, best, itemsize)) >= 2
 
 
-def test_a_small_gpu_gets_small_candidates():
-    for block_m in TILE_ROWS:
-        found = candidates.candidates(QWEN, "gate_up", 4096, block_m, 2, 96 << 10)
-        assert len(found) > 4
-        assert all(moe.shared_memory(config, 2, 2) <= 96 << 10 for config in found[1:])
+SMALL = 100 << 10
+"""Shared memory of a GPU that has less than an H200, bytes."""
+
+
+@pytest.mark.parametrize(("layer", "itemsize"), ISSUE.values(), ids=ISSUE)
+def test_a_small_gpu_gets_small_candidates(layer, itemsize):
+    for tokens in TOKENS:
+        for block_m in candidates.block_ms(layer, tokens, itemsize):
+            for half in candidates.HALVES:
+                found = candidates.candidates(layer, half, tokens, block_m, itemsize, SMALL)
+                assert len(found) > 4
+                for config in (*found, *candidates.neighbours(layer, half, found[1], itemsize, SMALL)):
+                    assert moe.shared_memory(config, candidates.sizes(layer, half)[2], itemsize) <= SMALL
+                    assert not config.persistent  # such programs need more than their operands take
 
 
 def test_expected_tiles_are_those_of_random_routings():
@@ -336,7 +334,7 @@ class FakeBatch:
         self.bench = worker.Unit(Target(QWEN), 64)
 
     def settle(self, default=None):
-        pass
+        self.started_from = default
 
     def time(self, config, best_us=0.0, replays=0):
         if config.gate_up in self.too_large:
@@ -449,6 +447,25 @@ def test_a_unit_is_measured_twice(monkeypatch, name):
     )
     (alone,) = worker.measure_unit(unit, replace(settings, tune=False), CPU, files.MAX_SHARED_BYTES)
     assert alone["stage"] == "default"
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_a_small_gpu_starts_from_the_default_that_it_runs(monkeypatch, tmp_path, tokens):
+    """What is swept first, stands beside the winner, and is written where nothing wins."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(SMALL))
+    what, shared = Target(MODELS["mixtral-8x7b"]), tuning.most_shared(0)
+    unit = worker.Unit(what, tokens)
+    default = layer_config(what.layer, tokens, BF16, CUDA)
+    first = next(iter(unit.candidates(shared).values()))
+    assert LayerConfig(*(first[half][0] for half in candidates.HALVES)) == default
+    batch = FakeBatch(lambda config: 10.0)
+    bench = SimpleNamespace(batch=lambda tokens, kind: FakeBatch(lambda config: 10.0))
+    settings = worker.Settings("uniform", 1, math.inf, 0)
+    verified = worker.verify(replace(unit, start=default), settings, bench, batch, shared)
+    assert batch.started_from == default
+    units, meta = {tune.case_of(verified): unit}, tuning.metadata(GPU, "moe_ops")
+    (path,) = tune.write_files(tmp_path, [verified], units, meta, "uniform", shared)
+    assert moe.read(path).entries == {(what.layer.name, tokens): default}
 
 
 def record(us=9.0, default_us=10.0, other_us=9.0, error=0.001):
@@ -586,6 +603,23 @@ def test_a_second_measurement_of_another_config_does_not_count(monkeypatch, tmp_
     again = FakeGpu(monkeypatch)
     assert tune.main(line) == 0
     assert [(title, tokens) for title, _, tokens in again.measured] == [("measure again", 1)]
+
+
+def test_what_a_time_limit_leaves_is_named(monkeypatch, tmp_path, capsys):
+    FakeGpu(monkeypatch, limit=5)
+    assert tune.main([*SIZES.split(), "--batch-size", "1", "64", "1024", "--out", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"1 files in {tmp_path / 'NVIDIA_H200'}; use them with {store.CONFIG_DIR}={tmp_path} " in shown
+    assert "1 of 3 cases are left" in shown
+
+
+def test_hosts_alone(monkeypatch, tmp_path):
+    fake, written = FakeGpu(monkeypatch), []
+    monkeypatch.setattr(hosts, "write", lambda host, folder, sizes, *_: written.append((host, folder, sizes.targets)))
+    line = [*SIZES.split(), "--out", str(tmp_path / "ours"), "--only-hosts", "--write-sglang", str(tmp_path)]
+    assert tune.main(line) == 0
+    assert written == [("sglang", tmp_path, [Target(MoeLayer(4, 2, 64, 32))])]
+    assert fake.measured == []
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

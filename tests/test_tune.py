@@ -21,27 +21,13 @@ from lora_ops.tuning import decide, measure, worker
 from lora_ops.tuning.candidates import COUNT, batch_class, expand_candidates, shrink_candidates
 from lora_ops.tuning.decide import Case, Swept, Verified
 from lora_ops.tuning.layers import MODELS, Layer, model_layers, parse_shape
-from ops_configs import files, lora, store
+from ops_configs import files, lora, store, tuning
 from ops_configs.lora import ExpandConfig, ShrinkConfig
 from ops_patches import vllm_lora_configs
 
+pytestmark = pytest.mark.usefixtures("one_gpu")
+
 ROOT = Path(__file__).resolve().parent.parent
-GPU = "NVIDIA H200"
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch, tmp_path):
-    """A machine with one H200, no folder set, nothing shipped."""
-    monkeypatch.delenv(store.CONFIG_DIR, raising=False)
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(store, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("COLUMNS", "200")
-    store.use_configs(None)
-    yield
-    monkeypatch.undo()
-    store.use_configs(None)
 
 
 def test_layers_of_llama3_8b():
@@ -119,12 +105,12 @@ def test_shapes_and_models_go_together():
 @pytest.mark.parametrize(("text", "count"), [("all", 0), ("0", 0), ("1", 1), ("x", 2), ("0,,1", 2)])
 def test_gpus_that_are_not_there(text, count):
     with pytest.raises(ValueError, match=r"GPU|--gpu"):
-        tune.gpu_indices(text, count)
+        tuning.gpu_indices(text, count)
 
 
 def test_gpus():
-    assert tune.gpu_indices("all", 3) == [0, 1, 2]
-    assert tune.gpu_indices("2,0,2", 3) == [0, 2]
+    assert tuning.gpu_indices("all", 3) == [0, 1, 2]
+    assert tuning.gpu_indices("2,0,2", 3) == [0, 2]
 
 
 def test_the_dry_run_needs_no_gpu(capsys):
@@ -396,6 +382,15 @@ def test_records_of_other_settings_are_not_used(tmp_path):
     tune.Journal(path, {"triton": "1"}, True).add({"stage": "sweep", "x": 1})
     assert tune.Journal(path, {"triton": "2"}, True).records == []
     assert tune.Journal(path, {"triton": "1"}, True).records == [{"stage": "sweep", "x": 1}]
+
+
+def test_vllm_alone(monkeypatch, tmp_path):
+    fake, written = FakeGpu(monkeypatch), []
+    monkeypatch.setattr(vllm_lora_configs, "write", lambda folder, sizes, *_: written.append((folder, sizes.layers)))
+    line = ["--shape", "64:64", "--out", str(tmp_path / "ours"), "--only-vllm", "--write-vllm", str(tmp_path)]
+    assert tune.main(line) == 0
+    assert written == [(tmp_path, [(64, (64,))])]
+    assert fake.measured == []
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
