@@ -41,6 +41,7 @@ from pathlib import Path
 
 from vllm_agreement import (
     AGREES,
+    GREEDY_LOGPROBS,
     GREEDY_TOKENS,
     NEAR_TIE,
     PREFILL_TOKENS,
@@ -206,7 +207,7 @@ class SglangEngine(Engine):
         }
 
     def greedy(self, requests: list[Request]) -> list[dict]:
-        outputs = self.generate(requests, {"max_tokens": GREEDY_TOKENS, "logprobs": 5})
+        outputs = self.generate(requests, {"max_tokens": GREEDY_TOKENS, "logprobs": GREEDY_LOGPROBS})
         return [
             {
                 "tokens": [token for _, token, *_ in output["meta_info"]["output_token_logprobs"]],
