@@ -40,6 +40,10 @@ DIRECT_TOKENS, DIRECT_EXPERTS = 4, 4
 token: where choices share an expert, a tile reads it once. Measured on an H200."""
 DIRECT_BLOCK_K, DIRECT_STEPS = 512, 64
 """Elements of K that such a program reads at a time, and such steps over all experts of a token, at most."""
+STATIONARY_STEPS = 4
+"""Blocks of K that a stationary program keeps, at most."""
+TMA_STORE_ROWS = 1024
+"""Rows of an expert from which on copied rows' outputs are worth leaving through TMA: measured on an H200."""
 PERMUTE_COLUMNS = 2048
 """Intermediate size from which on tiles of 128 rows are worth a copy of the rows in order: measured on an H200."""
 
@@ -51,7 +55,9 @@ class MoeConfig:
     block_m: rows of a tile, as the plan has them; block_n: columns of a program, of gates and ups each; block_k:
     elements of K a step; num_warps, num_stages: as Triton takes them; group_m: tiles that walk the columns together;
     persistent (down only): one program a multiprocessor walks all tiles and fetches one while it stores another;
-    permute (gate_up only): rows are copied into the order of the plan first, so that a tile reads them as one block.
+    stationary (down only): a program keeps the rows of its tile and walks the columns, for a short k;
+    permute (gate_up only): rows are copied into the order of the plan first, so that a tile reads them as one block;
+    tma_store (gate_up only; the other two always do): the output leaves through TMA.
     """
 
     block_m: int
@@ -61,7 +67,9 @@ class MoeConfig:
     num_stages: int
     group_m: int
     persistent: bool = False
+    stationary: bool = False
     permute: bool = False
+    tma_store: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,16 +145,18 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
     """ValueError unless the kernels take these launch parameters for a layer with elements of itemsize bytes."""
     if config.gate_up.block_m != config.down.block_m:
         raise ValueError(f"block_m is {config.gate_up.block_m} and {config.down.block_m}: both halves share the tiles")
-    if config.gate_up.persistent or config.down.permute:
-        raise ValueError("persistent is for down, permute for gate_up")
+    if config.gate_up.persistent or config.gate_up.stationary or config.down.permute or config.down.tma_store:
+        raise ValueError("persistent and stationary are for down, permute and tma_store for gate_up")
+    if config.down.persistent and config.down.stationary:
+        raise ValueError("down is either persistent or stationary")
     if config.gate_up.block_m not in TILE_ROWS:
         raise ValueError(f"block_m is {config.gate_up.block_m}, expected one of {', '.join(map(str, TILE_ROWS))}")
-    for half, products in ((config.gate_up, layer.products), (config.down, 1)):
+    for half, products, k in ((config.gate_up, layer.products, layer.hidden), (config.down, 1, layer.intermediate)):
         if itemsize == 1 and half.block_k < 32:
             raise ValueError(f"block_k is {half.block_k}, expected at least the 32 of 8-bit products")
         if half.block_n > 256 or half.block_k > 256:
             raise ValueError(f"a block is {half.block_n} x {half.block_k}, TMA takes 256 at most")
-        files.fits(shared_memory(half, products, itemsize))
+        files.fits(shared_memory(half, products, itemsize, k))
 
 
 def read(path: Path) -> files.ConfigFile:
@@ -184,7 +194,7 @@ def tile_rows(tokens: int, experts: int, top_k: int, itemsize: int = 2) -> int:
     rows_per_expert = tokens * top_k / experts
     if rows_per_expert <= 8:
         return 16
-    return 64 if rows_per_expert <= 24 or itemsize > 2 else 128
+    return 64 if rows_per_expert <= 24 or itemsize != 2 else 128
 
 
 def runs_direct(layer: MoeLayer, tokens: int) -> bool:
@@ -195,8 +205,11 @@ def runs_direct(layer: MoeLayer, tokens: int) -> bool:
     return layer.quant is None and alone and steps <= DIRECT_STEPS
 
 
-def shared_memory(config: MoeConfig, products: int, itemsize: int) -> int:
-    """Bytes of shared memory that the operands of a program take."""
+def shared_memory(config: MoeConfig, products: int, itemsize: int, k: int) -> int:
+    """Bytes of shared memory that the operands of a program take, and a stationary one's output; k: columns of x."""
+    if config.stationary:
+        whole = -(-k // config.block_k) * config.block_k * itemsize
+        return (config.block_m + config.num_stages * config.block_n) * whole + 2 * config.block_m * config.block_n
     step = (config.block_m + products * config.block_n) * config.block_k * itemsize
     return step * config.num_stages
 
@@ -217,9 +230,8 @@ def moe_default(
         block_n = 32 if block_m == 128 else 64 // products
         return MoeConfig(block_m, min(block_n, padded(n)), min(32, padded(k)), 8 if block_m >= 64 else 4, 2, 8)
     if itemsize == 1 and block_m >= 64:  # registers hold the sums twice: in all, and of the step
-        block_n = 64 if block_m >= 128 and products == 2 else 128
-        num_warps = 8 if block_m >= 128 or products == 2 else 4
-        return MoeConfig(block_m, min(block_n, padded(n)), min(128, max(32, padded(k))), num_warps, 4, 8)
+        num_warps = 8 if block_m >= 128 else 4
+        return MoeConfig(block_m, min(128 // products, padded(n)), min(128, max(32, padded(k))), num_warps, 4, 8)
     if itemsize == 2 and block_m >= 128:
         return MoeConfig(block_m, min(256 // products, padded(n)), min(64, padded(k)), 8, 4 if products == 2 else 3, 8)
     if itemsize == 2 and block_m == 64:
@@ -255,9 +267,16 @@ def layer_default(
     first = moe_default(*batch, layer.intermediate, layer.hidden, products=layer.products, itemsize=itemsize)
     second = moe_default(*batch, layer.hidden, layer.intermediate, itemsize=itemsize)
     if itemsize == 2 and block_m == 128:  # copying rows pays off where many columns are made of each
-        first = replace(first, permute=layer.quant is None and layer.intermediate >= PERMUTE_COLUMNS)
+        permute = layer.quant is None and layer.intermediate >= PERMUTE_COLUMNS
+        many = tokens * layer.top_k >= TMA_STORE_ROWS * (layer.global_experts or layer.experts)
+        first = replace(first, permute=permute, tma_store=permute and many)
         second = replace(second, persistent=persistent_fits(shared))
-    return LayerConfig(fitted(first, layer.products, itemsize, shared), fitted(second, 1, itemsize, shared))
+    if itemsize == 1 and block_m >= 64 and layer.intermediate <= STATIONARY_STEPS * second.block_k:
+        second = replace(second, block_n=64, num_warps=4, num_stages=3, group_m=1, stationary=True)
+    return LayerConfig(
+        fitted(first, layer.products, itemsize, layer.hidden, shared),
+        fitted(second, 1, itemsize, layer.intermediate, shared),
+    )
 
 
 def persistent_fits(shared: int) -> bool:
@@ -265,9 +284,9 @@ def persistent_fits(shared: int) -> bool:
     return shared >= files.MAX_SHARED_BYTES
 
 
-def fitted(config: MoeConfig, products: int, itemsize: int, shared: int) -> MoeConfig:
+def fitted(config: MoeConfig, products: int, itemsize: int, k: int, shared: int) -> MoeConfig:
     """The config with fewer stages, then smaller blocks, so that a GPU with `shared` bytes of shared memory runs it."""
-    while shared_memory(config, products, itemsize) > shared:
+    while shared_memory(config, products, itemsize, k) > shared:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.block_n > 16:

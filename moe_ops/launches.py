@@ -136,7 +136,7 @@ def run_planned(
 
 def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:
     """Compile all kernels that any batch of the layer runs, by running one token with each of its launch parameters."""
-    from .kernels.routing import CHUNK, routing_plan
+    from .kernels.routing import lone_chunks, num_bins, routing_plan
 
     top_k, expert_map = topk_ids.shape[1], options["expert_map"]
     arguments = (torch.empty_like(hidden), hidden, w13, w2, topk_weights, topk_ids)
@@ -145,5 +145,6 @@ def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **
         run_direct(*arguments, **options)
     for config in dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS):
         run_planned(*arguments, config, **options)
-        many = topk_ids.expand(CHUNK // top_k + 1, -1)
-        routing_plan(many, w2.shape[0], config.gate_up.block_m, expert_map, pdl=_supports_pdl(hidden.device))
+        for choices in lone_chunks(num_bins(w2.shape[0])):  # one more than each holds
+            many = topk_ids.expand(choices // top_k + 1, -1)
+            routing_plan(many, w2.shape[0], config.gate_up.block_m, expert_map, pdl=_supports_pdl(hidden.device))

@@ -220,8 +220,8 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, quant)
         for tokens in TOKENS:
             config = layer_config(layer, tokens, BF16, CUDA)
             size = layer.itemsize(BF16)
-            assert moe.shared_memory(config.gate_up, 2, size) <= kib << 10
-            assert moe.shared_memory(config.down, 1, size) <= kib << 10
+            assert moe.shared_memory(config.gate_up, 2, size, layer.hidden) <= kib << 10
+            assert moe.shared_memory(config.down, 1, size, layer.intermediate) <= kib << 10
             assert config.gate_up.block_m == config.down.block_m
             if kib == 227:
                 assert config == moe.layer_default(layer, tokens, size)

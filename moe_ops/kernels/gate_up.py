@@ -33,7 +33,9 @@ from .tiles import (
     operand,
     product,
     row_stride,
+    rows_operand,
     scale_arguments,
+    store_rows,
     takes_tma,
     tile_of,
     weight_source,
@@ -78,7 +80,7 @@ def gate_up_tile(
     gate_bias_ptr,
     up_bias_ptr,
     weights_ptr,
-    out_ptr,
+    out,
     out_scale_ptr,
     choices_ptr,
     tile_experts_ptr,
@@ -110,6 +112,7 @@ def gate_up_tile(
     ROUND_TO: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,8 +121,9 @@ def gate_up_tile(
     expert = tl.load(tile_experts_ptr + tile)
     m = tl.arange(0, BLOCK_M)
     first_row = tl.load(tile_starts_ptr + tile)
+    size = tl.load(tile_sizes_ptr + tile)
     rows = first_row + m
-    live = m < tl.load(tile_sizes_ptr + tile)
+    live = m < size
     choices = tl.load(choices_ptr + rows, mask=live, other=0)
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -190,15 +194,13 @@ def gate_up_tile(
         h = h.to(ROUND_TO).to(tl.float32)
         grouped = tl.reshape(h, BLOCK_M, BLOCK_N // OUT_GROUP, OUT_GROUP)
         out_scale = scale_of(tl.max(tl.abs(grouped), 2), OUT_LIMIT)
-        grouped = quantized(grouped, out_scale[:, :, None], OUT_LIMIT, out_ptr.dtype.element_ty)
+        grouped = quantized(grouped, out_scale[:, :, None], OUT_LIMIT, out.dtype.element_ty)
         h = tl.reshape(grouped, BLOCK_M, BLOCK_N)
         groups = column // OUT_GROUP + tl.arange(0, BLOCK_N // OUT_GROUP)
         out_scales = out_scale_ptr + rows[:, None].to(tl.int64) * out_scale_row_stride
         out_scales += groups[None, :] * out_scale_group_stride
         tl.store(out_scales, out_scale, mask=live[:, None] & (groups * OUT_GROUP < N)[None, :])
-    out = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-    mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
-    tl.store(out, h.to(out_ptr.dtype.element_ty), mask=mask)
+    store_rows(out, h, first_row, size, rows, live, column, columns, N, BLOCK_N, OUT_TMA)
 
 
 @triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
@@ -212,7 +214,8 @@ def gate_up_kernel(
     gate_bias_ptr,  # [E, N] or None
     up_bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
-    out_ptr,  # [C, N]
+    out,  # [C, N], pointer; OUT_TMA: descriptor of `rows_operand`
+    out_half,  # out; OUT_TMA: descriptor of half as many rows
     out_scale_ptr,  # fp32 [C, ceil(N / OUT_GROUP)] of quantised out, or None
     choices_ptr,  # int32 [C]
     tile_experts_ptr,  # int32 [T]
@@ -245,6 +248,7 @@ def gate_up_kernel(
     ROUND_TO: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -277,7 +281,7 @@ def gate_up_kernel(
                 gate_bias_ptr,
                 up_bias_ptr,
                 weights_ptr,
-                out_ptr,
+                out_half,
                 out_scale_ptr,
                 choices_ptr,
                 tile_experts_ptr,
@@ -309,6 +313,7 @@ def gate_up_kernel(
                 ROUND_TO,
                 X_TMA,
                 TMA,
+                OUT_TMA,
                 BLOCK_M // 2,
                 BLOCK_N,
                 BLOCK_K,
@@ -325,7 +330,7 @@ def gate_up_kernel(
         gate_bias_ptr,
         up_bias_ptr,
         weights_ptr,
-        out_ptr,
+        out,
         out_scale_ptr,
         choices_ptr,
         tile_experts_ptr,
@@ -357,6 +362,7 @@ def gate_up_kernel(
         ROUND_TO,
         X_TMA,
         TMA,
+        OUT_TMA,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -417,6 +423,7 @@ def gate_up(
     scales = scale_arguments(x, w13, x_scale, w_scale, block_shape, config.block_k)
     num_tiles, block = plan.tile_experts.shape[0], (1, block_n, scales["BLOCK_K"])
     x_tma = tma and not gather and takes_tma(x)
+    out_tma = config.tma_store and tma and out_scale is None and takes_tma(out)
     rows_of_columns = 2 * block_n if interleaved else block_n
     gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
@@ -428,7 +435,8 @@ def gate_up(
         gate_bias_ptr,
         up_bias,
         weights,
-        out,
+        rows_operand(out, (config.block_m, block_n), out_tma),
+        rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128),
         out_scale,
         plan.choices,
         plan.tile_experts,
@@ -456,6 +464,7 @@ def gate_up(
         ROUND_TO=None if round_to is None else getattr(tl, str(round_to).removeprefix("torch.")),
         X_TMA=x_tma,
         TMA=tma,
+        OUT_TMA=out_tma,
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
         GROUP_M=config.group_m,

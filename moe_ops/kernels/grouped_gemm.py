@@ -1,6 +1,7 @@
 """Grouped GEMM: out[row] = weight[choice of row] * (w[expert of row] @ x[row] + bias[expert of row]).
 
 tile of rows of one expert -> rows x block of the expert's weight -> one block of columns
+short rows                 -> the rows stay, blocks of the weight pass by -> all columns of the tile
 
 Shapes: x [C, K] in row order, or [M, K] gathered by token; w [E, N, K] of the same dtype, or quantised, each with its
 scales (tiles.py); out [C, N]. The product accumulates in fp32, that of int8 in int32, and is rounded once, after
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops_configs.moe import MoeConfig
+from ops_configs.moe import STATIONARY_STEPS, MoeConfig
 
 from ..routing import RoutingPlan
 from .tiles import (
@@ -23,6 +24,7 @@ from .tiles import (
     add_product,
     bias_operand,
     load_bias,
+    load_row_weight,
     load_rows,
     load_w_scale,
     load_weight,
@@ -31,11 +33,16 @@ from .tiles import (
     operand,
     product,
     row_stride,
+    rows_operand,
     scale_arguments,
+    store_rows,
     takes_tma,
     tile_of,
     weight_source,
 )
+
+WHOLE_TILES = 3
+"""Tiles for each multiprocessor up to which a stationary program takes a whole one: measured on an H200."""
 
 
 @triton.jit
@@ -48,7 +55,7 @@ def grouped_tile(
     w_scale,
     bias_ptr,
     weights_ptr,
-    out_ptr,
+    out,
     choices_ptr,
     tile_experts_ptr,
     tile_starts_ptr,
@@ -69,6 +76,7 @@ def grouped_tile(
     ONE_SCALE: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,8 +85,9 @@ def grouped_tile(
     expert = tl.load(tile_experts_ptr + tile)
     m = tl.arange(0, BLOCK_M)
     first_row = tl.load(tile_starts_ptr + tile)
+    size = tl.load(tile_sizes_ptr + tile)
     rows = first_row + m
-    live = m < tl.load(tile_sizes_ptr + tile)
+    live = m < size
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
 
@@ -112,12 +121,8 @@ def grouped_tile(
         acc = acc.to(tl.float32) * (scale * w_factor)
     if bias_ptr is not None:
         acc += load_bias(bias_ptr, expert, columns, bias_expert_stride, bias_stride, N)
-    if weights_ptr is not None:
-        choices = tl.load(choices_ptr + rows, mask=live, other=0)
-        acc *= tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-    mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    acc *= load_row_weight(weights_ptr, choices_ptr, rows, live)
+    store_rows(out, acc, first_row, size, rows, live, column, columns, N, BLOCK_N, OUT_TMA)
 
 
 @triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=UNALIGNED)
@@ -129,7 +134,7 @@ def grouped_gemm_kernel(
     w_scale,  # of quantised w, or None
     bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
-    out_ptr,  # [C, N]
+    out,  # [C, N], pointer; OUT_TMA: descriptor of `rows_operand`
     choices_ptr,  # int32 [C]
     tile_experts_ptr,  # int32 [T]
     tile_starts_ptr,  # int32 [T]
@@ -152,6 +157,7 @@ def grouped_gemm_kernel(
     ONE_SCALE: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
+    OUT_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -183,7 +189,7 @@ def grouped_gemm_kernel(
                 w_scale,
                 bias_ptr,
                 weights_ptr,
-                out_ptr,
+                out,
                 choices_ptr,
                 tile_experts_ptr,
                 tile_starts_ptr,
@@ -204,6 +210,7 @@ def grouped_gemm_kernel(
                 ONE_SCALE,
                 X_TMA,
                 TMA,
+                OUT_TMA,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
@@ -224,7 +231,7 @@ def grouped_gemm_kernel(
                     w_scale,
                     bias_ptr,
                     weights_ptr,
-                    out_ptr,
+                    out,
                     choices_ptr,
                     tile_experts_ptr,
                     tile_starts_ptr,
@@ -245,6 +252,7 @@ def grouped_gemm_kernel(
                     ONE_SCALE,
                     X_TMA,
                     TMA,
+                    OUT_TMA,
                     BLOCK_M // 2,
                     BLOCK_N,
                     BLOCK_K,
@@ -259,7 +267,7 @@ def grouped_gemm_kernel(
             w_scale,
             bias_ptr,
             weights_ptr,
-            out_ptr,
+            out,
             choices_ptr,
             tile_experts_ptr,
             tile_starts_ptr,
@@ -280,10 +288,87 @@ def grouped_gemm_kernel(
             ONE_SCALE,
             X_TMA,
             TMA,
+            OUT_TMA,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
         )
+
+
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=UNALIGNED)
+def stationary_kernel(
+    x,  # descriptor of [C, K]
+    w,  # descriptor of [E, N, K]
+    x_scale,
+    w_scale,
+    bias_ptr,
+    weights_ptr,
+    out,  # descriptor of `rows_operand`
+    choices_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    tile_sizes_ptr,
+    num_parts,
+    bias_expert_stride,
+    bias_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (tiles * num_parts,). A program owns out[rows of its tile, its part of the columns].
+
+    It reads the rows once. Arguments are those of grouped_gemm_kernel. K is short: its blocks are unrolled, and what is
+    fetched ahead is the weight of the next BLOCK_N columns.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0) // num_parts
+    part = tl.program_id(0) % num_parts
+    size = tl.load(tile_sizes_ptr + tile)
+    if size == 0:
+        return
+    expert = tl.load(tile_experts_ptr + tile)
+    first_row = tl.load(tile_starts_ptr + tile)
+    m = tl.arange(0, BLOCK_M)
+    rows = first_row + m
+    live = m < size
+    weight = load_row_weight(weights_ptr, choices_ptr, rows, live)
+
+    a = ()
+    scales = ()
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        a = (*a, x.load([first_row, k0]))
+        if w_scale is not None:
+            scales = (*scales, load_x_scale(x_scale, expert, rows, live, k0 // SCALE_K if BLOCKED else 0))
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for block in tl.range(part * BLOCKS // num_parts, (part + 1) * BLOCKS // num_parts, num_stages=STAGES):
+        column = block * BLOCK_N
+        columns = column + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for step in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+            b = w.load([expert, column, step * BLOCK_K]).reshape(BLOCK_N, BLOCK_K)
+            if BLOCKED:
+                group = step * BLOCK_K // SCALE_K
+                w_factor = load_w_scale(w_scale, expert, column, columns, group, N, 0, 1, SCALE_N, ONE_SCALE)
+                acc += product(a[step], b) * (scales[step] * w_factor)
+            else:
+                acc = add_product(acc, a[step], b)
+        if w_scale is not None and not BLOCKED:
+            w_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, 1, SCALE_N, ONE_SCALE)
+            acc = acc.to(tl.float32) * (scales[0] * w_factor)
+        if bias_ptr is not None:
+            acc += load_bias(bias_ptr, expert, columns, bias_expert_stride, bias_stride, N)
+        store_rows(out, acc * weight, first_row, size, rows, live, column, columns, N, BLOCK_N, True)
 
 
 def grouped_gemm(
@@ -315,47 +400,67 @@ def grouped_gemm(
         pdl: start under the tail of the launch before, and let the next one do so.
     """
     scales = scale_arguments(x, w, x_scale, w_scale, block_shape, config.block_k)
+    n, k, block_k = out.shape[1], x.shape[1], scales["BLOCK_K"]
     tma = takes_tma(w)
     x_tma = tma and not gather and takes_tma(x)
     num_tiles = plan.tile_experts.shape[0]
-    programs = num_tiles * triton.cdiv(out.shape[1], config.block_n)
+    programs = num_tiles * triton.cdiv(n, config.block_n)
     persistent = config.persistent and x_tma
+    out_tma = (persistent or config.stationary) and x_tma and takes_tma(out)
     if persistent:
         programs = min(programs, multiprocessors(x.device))
     bias_ptr, *bias_strides = bias_operand(bias)
-    grouped_gemm_kernel[(programs,)](
-        operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
-        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128 and not persistent),
-        operand(w, (1, config.block_n, scales["BLOCK_K"]), tma),
-        scales.pop("x_scale"),
-        scales.pop("w_scale"),
+    operands = (operand(w, (1, config.block_n, block_k), tma), scales.pop("x_scale"), scales.pop("w_scale"))
+    rows = (
         bias_ptr,
         weights,
-        out,
+        rows_operand(out, (config.block_m, config.block_n), out_tma),
         plan.choices,
         plan.tile_experts,
         plan.tile_starts,
         plan.tile_sizes,
+    )
+    constants = {
+        "N": n,
+        "K": k,
+        **scales,
+        "ONE_SCALE": scales["SCALE_N"] % config.block_n == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PDL": pdl,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "launch_pdl": pdl,
+    }
+    if config.stationary and out_tma and k <= STATIONARY_STEPS * block_k:
+        parts = 1 if num_tiles <= WHOLE_TILES * multiprocessors(x.device) else 2
+        stationary_kernel[(num_tiles * parts,)](
+            operand(x, (config.block_m, block_k), x_tma),
+            *operands,
+            *rows,
+            parts,
+            *bias_strides,
+            STAGES=config.num_stages,
+            **constants,
+        )
+        return
+    grouped_gemm_kernel[(programs,)](
+        operand(x, (config.block_m, block_k), x_tma),
+        operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128 and not persistent),
+        *operands,
+        *rows,
         plan.tile_count,
         num_tiles,
         row_stride(x),
         w.stride(0),
         w.stride(1),
         *bias_strides,
-        N=out.shape[1],
-        K=x.shape[1],
         TOP_K=plan.top_k,
         GATHER=gather,
-        **scales,
-        ONE_SCALE=scales["SCALE_N"] % config.block_n == 0,
         X_TMA=x_tma,
         TMA=tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        OUT_TMA=out_tma,
         GROUP_M=config.group_m,
         PERSISTENT=persistent,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        launch_pdl=pdl,
+        **constants,
     )

@@ -1,4 +1,4 @@
-"""The routing plan in one launch (three above 1024 choices), array for array that of `moe_ops.routing_plan`.
+"""The routing plan in one launch (three for many choices), array for array that of `moe_ops.routing_plan`.
 
 experts of all choices -> counts -> starts -> row of each choice = start + choices of the expert before it -> tiles
 
@@ -19,7 +19,7 @@ from .tiles import UNALIGNED
 BLOCK = 128
 """Choices that a program places."""
 CHUNK = 1024
-"""Choices that a program counts."""
+"""Choices that a program counts, where there are many."""
 SCAN_BINS, SCAN_CHUNKS = 16, 128
 """Experts that a program scans, and chunks in a step."""
 
@@ -154,6 +154,16 @@ def place_kernel(
     tl.store(tile_sizes_ptr + mine, zeros, mask=padding)
 
 
+def lone_chunks(bins: int) -> tuple[int, ...]:
+    """Sizes of a chunk that holds all choices, so that the plan is one launch: measured on an H200."""
+    return (1024, 2048, 4096) if bins <= 256 else (1024, 2048)
+
+
+def num_bins(num_experts: int) -> int:
+    """Bins of a histogram of the experts, the last ones of choices without."""
+    return max(triton.next_power_of_2(num_experts + 1), 32)
+
+
 def routing_plan(
     topk_ids: torch.Tensor,
     num_experts: int,
@@ -169,16 +179,17 @@ def routing_plan(
     num_tiles = tile_count_bound(num_choices, num_experts, tile_rows)
     sizes = [num_choices, num_choices, num_experts, num_experts + 1, num_tiles, num_tiles, num_tiles, 1]
     arrays = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
-    num_chunks = triton.cdiv(num_choices, CHUNK)
+    bins = num_bins(num_experts)
+    chunk = next((chunk for chunk in lone_chunks(bins) if num_choices <= chunk), CHUNK)
+    num_chunks = triton.cdiv(num_choices, chunk)
     constants = {
         "EXPERTS": num_experts,
         "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
-        "BINS": max(triton.next_power_of_2(num_experts + 1), 32),
-        "CHUNK": CHUNK,
+        "BINS": bins,
+        "CHUNK": chunk,
     }
     chunk_counts = None
     if num_chunks > 1:
-        bins = constants["BINS"]
         chunk_counts = torch.empty(num_chunks + 1, bins, dtype=torch.int32, device=ids.device)
         count_kernel[(num_chunks,)](ids, expert_map, chunk_counts, num_choices, **constants, num_warps=8)
         scan_kernel[(bins // SCAN_BINS,)](

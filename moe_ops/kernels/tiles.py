@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 UNALIGNED = [
@@ -122,6 +123,44 @@ def load_w_scale(
 
 
 @triton.jit
+def load_row_weight(weights_ptr, choices_ptr, rows, live):
+    """Routed weight of rows, fp32 [BLOCK_M, 1]; 1 without."""
+    if weights_ptr is None:
+        return tl.full((), 1.0, tl.float32)
+    else:
+        choices = tl.load(choices_ptr + rows, mask=live, other=0)
+        return tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def store_rows(
+    out,  # pointer to [C, N], or the descriptor of `rows_operand`
+    values,
+    first_row,
+    size,
+    rows,
+    live,
+    column,
+    columns,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OUT_TMA: tl.constexpr,
+):
+    """Store a block [BLOCK_M, BLOCK_N] of a tile's rows, rounded to the dtype of out; none beyond its `size` rows.
+
+    A descriptor's third dimension ends at 2^30: coordinates that reach it after `size` rows let TMA drop the others,
+    while the first two, whose strides add up to 2^64 = 0, bring the address back (triton.tools.ragged_tma).
+    """
+    if OUT_TMA:
+        block = tl.reshape(values.to(out.dtype), 1, 1, values.shape[0], values.shape[1])
+        out.store([1 << 30, first_row + size, (1 << 30) - size, column], block)
+    else:
+        mask = live[:, None] if N % BLOCK_N == 0 else live[:, None] & (columns < N)[None, :]
+        pointers = out + rows[:, None].to(tl.int64) * N + columns[None, :]
+        tl.store(pointers, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def product(x, w):
     """x @ w.T of one step, fp32; 8-bit weights of wider x are converted first."""
     if w.dtype != x.dtype:
@@ -175,6 +214,11 @@ def multiprocessors(device: torch.device) -> int:
 def operand(tensor: torch.Tensor, block: Sequence[int], tma: bool) -> torch.Tensor | TensorDescriptor:
     """The kernel argument of a tensor read in blocks: a descriptor, or the tensor itself."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
+
+
+def rows_operand(out: torch.Tensor, block: Sequence[int], tma: bool) -> torch.Tensor | TensorDescriptor:
+    """The kernel argument of an output that `store_rows` writes; its descriptor ends at a tile's last row."""
+    return create_ragged_descriptor(out, list(block)) if tma else out
 
 
 def bias_operand(bias: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:

@@ -13,7 +13,15 @@ import math
 from dataclasses import replace
 
 from ops_configs.files import MAX_SHARED_BYTES
-from ops_configs.moe import TILE_ROWS, MoeConfig, MoeLayer, layer_default, persistent_fits, shared_memory
+from ops_configs.moe import (
+    STATIONARY_STEPS,
+    TILE_ROWS,
+    MoeConfig,
+    MoeLayer,
+    layer_default,
+    persistent_fits,
+    shared_memory,
+)
 from ops_configs.store import padded
 
 MAX_STAGES, USUAL_STAGES = 6, 4
@@ -59,12 +67,13 @@ def model_us(layer: MoeLayer, half: Half, tokens: int, config: MoeConfig, itemsi
     tiles, touched = expected_tiles(layer, tokens, config.block_m)
     blocks, steps = -(-n // config.block_n), -(-k // config.block_k)
     programs = tiles * blocks
-    shared = shared_memory(config, products, itemsize)
+    shared = shared_memory(config, products, itemsize, k)
     registers = config.block_m * config.block_n * products / (32 * config.num_warps) + 48
     resident = min(MAX_SHARED_BYTES / shared, 65536 / (registers * 32 * config.num_warps), 64 / config.num_warps)
     slots = MULTIPROCESSORS * max(1, int(resident))
     waves = math.ceil(programs / slots)
-    step_elements = (config.block_m + products * config.block_n) * config.block_k
+    rows = 0 if config.stationary else config.block_m  # read once
+    step_elements = (rows + products * config.block_n) * config.block_k
     wasted = 2 if config.block_m < 64 and itemsize < 4 else 1  # half the rate of wgmma
     compute = config.block_m * config.block_n * products * steps * config.block_k * wasted / PRODUCTS_US[itemsize]
     cache = step_elements * steps * itemsize / CACHE_BYTES_US
@@ -78,11 +87,13 @@ def runs(layer: MoeLayer, half: Half, config: MoeConfig, itemsize: int, shared: 
     """Whether a config fits registers and shared memory and has no needless padding."""
     n, k, products = sizes(layer, half)
     sums = config.block_m * config.block_n * products / (32 * config.num_warps)
-    if not 1 <= sums <= MAX_ACCUMULATORS[itemsize] or shared_memory(config, products, itemsize) > shared:
+    if not 1 <= sums <= MAX_ACCUMULATORS[itemsize] or shared_memory(config, products, itemsize, k) > shared:
+        return False
+    if config.stationary and (config.persistent or k > STATIONARY_STEPS * config.block_k):
         return False
     if config.block_n > padded(n) or config.block_k > max(padded(k), 32):
         return False
-    if config.num_stages > max(2, -(-k // config.block_k)):
+    if not config.stationary and config.num_stages > max(2, -(-k // config.block_k)):
         return False
     return not (layer.block_shape and layer.block_shape[1] % config.block_k)
 
@@ -99,7 +110,11 @@ def space(half: Half, block_m: int, itemsize: int, shared: int) -> list[MoeConfi
     if itemsize == 4:  # products on CUDA cores: operands live in registers
         grid = itertools.product((16, 32, 64), (16, 32, 64), warps, (2, 3))
     persistent = half == "down" and block_m == 128 and itemsize < 4 and persistent_fits(shared)
-    return [MoeConfig(block_m, *values, group_m=8 if block_m >= 64 else 1, persistent=persistent) for values in grid]
+    group_m = 8 if block_m >= 64 else 1
+    found = [MoeConfig(block_m, *values, group_m=group_m, persistent=persistent) for values in grid]
+    if half == "down" and block_m >= 64 and itemsize == 1:
+        found += [replace(config, group_m=1, persistent=False, stationary=True) for config in found]
+    return found
 
 
 def block_ms(layer: MoeLayer, tokens: int, itemsize: int) -> list[int]:
@@ -123,9 +138,9 @@ def candidates(
     everything = space(half, block_m, itemsize, shared)
     fitting = [config for config in everything if runs(layer, half, config, itemsize, shared)]
     times = {config: model_us(layer, half, tokens, config, itemsize) for config in fitting if config != default}
-    usual: dict[tuple[int, int, int], MoeConfig] = {}
+    usual: dict[tuple[int, int, int, bool], MoeConfig] = {}
     for config in times:
-        blocks = config.block_n, config.block_k, config.num_warps
+        blocks = config.block_n, config.block_k, config.num_warps, config.stationary
         if config.num_stages <= USUAL_STAGES and config.num_stages > getattr(usual.get(blocks), "num_stages", 0):
             usual[blocks] = config
     first = set(usual.values())
@@ -147,6 +162,6 @@ def neighbours(
         if half == "down":
             others["persistent"] = (False, True) if persistent_fits(shared) else (False,)
         elif layer.quant is None:
-            others["permute"] = (False, True)
+            others |= {"permute": (False, True), "tma_store": (False, True)}
     found = [replace(config, **{name: value}) for name, values in others.items() for value in values]
     return [other for other in found if other != config and runs(layer, half, other, itemsize, shared)]

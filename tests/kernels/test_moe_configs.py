@@ -11,19 +11,23 @@ from moe_ops.kernels import gate_up, grouped_gemm, routing
 from ops_configs.moe import LayerConfig, MoeConfig, MoeLayer
 
 
-def random_config(block_m: int, permute: bool, persistent: bool) -> LayerConfig:
+def random_config(block_m: int, permute: bool, down_as: str) -> LayerConfig:
     gate_up, down = (
         MoeConfig(block_m, random.choice((16, 32, 64)), random.choice((16, 32, 64)), 4, 2, random.choice((1, 3, 8)))
         for _ in range(2)
     )
-    return LayerConfig(replace(gate_up, permute=permute), replace(down, persistent=persistent))
+    tma_store = random.choice((False, True))
+    return LayerConfig(
+        replace(gate_up, permute=permute, tma_store=tma_store),
+        replace(down, persistent=down_as == "persistent", stationary=down_as == "stationary"),
+    )
 
 
 @pytest.mark.parametrize("block_m", [16, 128])
 @pytest.mark.parametrize("permute", [False, True], ids=["gathered", "permuted"])
-@pytest.mark.parametrize("persistent", [False, True], ids=["a program a tile", "persistent"])
+@pytest.mark.parametrize("down_as", ["a program a tile", "persistent", "stationary"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["all experts", "expert map"])
-def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, persistent, permute, block_m):
+def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, down_as, permute, block_m):
     """Tiles of 128 rows are full, more than half full, and less."""
     experts, top_k, hidden, inner, tokens = 4, 2, 48, 40, random.randint(150, 220)
     x = torch.randn(tokens, hidden, device=device, dtype=torch.float16)
@@ -32,7 +36,7 @@ def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, persistent,
     ids = torch.rand(tokens, 6 if mapped else experts, device=device).argsort(1)[:, :top_k].int()
     weights = torch.rand(tokens, top_k, device=device)
     expert_map = torch.tensor([3, -1, 0, 1, -1, 2], device=device) if mapped else None
-    config, asked, used = random_config(block_m, permute, persistent), [], {}
+    config, asked, used = random_config(block_m, permute, down_as), [], {}
 
     def layer_config(layer, *batch):
         asked.append((layer, *batch))

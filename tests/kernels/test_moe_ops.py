@@ -256,6 +256,7 @@ def test_combine_sums_in_the_order_of_k(top_k, n, dtype, device):
 
 ROUTINGS = {name: case for name, case in test_moe_routing.CASES.items() if case[0] > 0}
 ROUTINGS["several chunks, some ids are -1"] = (700, 5, 300, "none too")
+ROUTINGS["a chunk of 2048"] = (390, 5, 60, "none too")
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -481,6 +482,6 @@ def test_defaults_fit_shared_memory_and_the_tile(model, itemsize):
         for n, k, products in ((inner, hidden, 2), (hidden, inner, 1)):
             config = moe_default(rows, tokens, experts, top_k, n, k, products, itemsize)
             assert config.block_m == rows
-            assert shared_memory(config, products, itemsize) <= 227 * 1024 - 1024
+            assert shared_memory(config, products, itemsize, k) <= 227 * 1024 - 1024
             block_k.setdefault((rows, products), set()).add(config.block_k)
     assert all(len(values) == 1 for values in block_k.values())

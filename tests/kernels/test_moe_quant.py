@@ -5,7 +5,9 @@ import torch
 
 import moe_ops
 from moe_ops import ops, reference
+from moe_ops.kernels import grouped_gemm as grouped_gemm_module
 from moe_ops.kernels.gate_up import gate_up
+from moe_ops.kernels.grouped_gemm import grouped_gemm
 from moe_ops.kernels.quantize import group_scales
 from moe_ops.kernels.quantize import quantize as quantize_kernel
 from moe_ops.reference import LIMITS, QUANTS, dequantize, quantize
@@ -228,6 +230,19 @@ def test_quantize_gathers_tokens_for_a_scale_of_each_expert(quant, dtype, device
     assert torch.equal(q[:live].float(), expected.float())
 
 
+def watch_grids(monkeypatch, module, name: str) -> list[tuple]:
+    """Grids of the launches of a kernel from now on."""
+    kernel, grids = getattr(module, name), []
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Watched())
+    return grids
+
+
 PRODUCTS = ["fp8 tensor", "fp8 channel and token", "fp8 blocks", "int8 tensor", "int8 blocks", "int8 weights, groups"]
 
 
@@ -259,6 +274,32 @@ def test_grouped_gemm(scheme, gather, k, n, rows, dtype, device):
     expected = reference.grouped_gemm(**operands | options, out_dtype=torch.float32)
     assert ours.dtype == dtype
     assert_close(ours, expected, product_tolerance(dtype, quant, device))
+
+
+@pytest.mark.parametrize("scheme", PRODUCTS[:-1])
+@pytest.mark.parametrize(("k", "n", "block_m"), [(96, 48, 64), (112, 1040, 128), (32, 272, 16)])
+@pytest.mark.parametrize("whole", [True, False], ids=["a program a tile", "two programs a tile"])
+def test_stationary_rows(monkeypatch, scheme, k, n, block_m, whole, dtype, device):
+    """One block of K and several, the last one whole or not; rows without expert are not written."""
+    monkeypatch.setattr(grouped_gemm_module, "WHOLE_TILES", 1000 if whole else 0)
+    grids = watch_grids(monkeypatch, grouped_gemm_module, "stationary_kernel")
+    quant = SCHEMES[scheme]["quant"]
+    ids = torch.randint(-1, 4, (110, 3), dtype=torch.int32).to(device)
+    plan = moe_ops.routing_plan(ids, 4, block_m)
+    live, weights = int(plan.starts[-1]), torch.rand(330, device=device)
+    operands = make_operands(scheme, 330, n, k, dtype, device)
+    bias = torch.randn(4, n, device=device)
+    config = MoeConfig(block_m, 64, 64, 4, 3, 1, stationary=True)
+    out = torch.full((330, n), nan, dtype=dtype, device=device)
+    x, w = operands.pop("x"), operands.pop("w")
+    grouped_gemm(x, w, out, plan, config, weights=weights, bias=bias, **operands)
+    expected = reference.grouped_gemm(
+        x, w, plan, False, **operands, topk_weights=weights.view(110, 3), bias=bias, out_dtype=torch.float32
+    )
+    assert_close(out[:live], expected[:live], product_tolerance(dtype, quant, device))
+    assert out[live:].isnan().all()
+    programs = plan.tile_experts.shape[0] * (1 if whole else 2)
+    assert grids == ([(programs,)] if dtype != torch.float32 else [])  # TMA stores no fp32 here
 
 
 CONFIGS = [MoeConfig(16, 16, 32, 4, 2, 1), MoeConfig(16, 64, 32, 4, 2, 1), MoeConfig(64, 32, 64, 4, 2, 2)]

@@ -41,7 +41,7 @@ def test_runs_each_launch_parameters_once(layer, monkeypatch):
     for position in (0, 3, 4):
         tensors[position] = tensors[position][:1]
     launches.compile_layer(*tensors, **options)
-    assert len(ran) == len(set(ran)) > 2
+    assert len(ran) == len(set(ran)) >= 2
     assert {config.gate_up.block_m for config in ran} >= {16, 64}
 
 
