@@ -74,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the results")
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "moe_agreement"), help="folder of the checkpoint")
     add("--tp", type=int, default=1, help="GPUs of tensor parallelism")
+    add("--expert-parallel", action="store_true", help="whole experts, spread over those GPUs")
     add("--requests", nargs="+", type=int, default=[1, 16, 64, 256], help="requests at once, ascending")
     add("--no-speed", action="store_true", help="leave the timings out")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
@@ -94,7 +95,8 @@ def shape_of(options: argparse.Namespace):
 def label(options: argparse.Namespace) -> str:
     """Name of a configuration: the results of its variants belong together."""
     layers = f"-{options.layers}layers" if options.layers else ""
-    return f"moe_agreement_{options.host}_{options.model}{layers}_{options.load_format}_tp{options.tp}"
+    parallel = f"tp{options.tp}" + ("_ep" if options.expert_parallel else "")
+    return f"moe_agreement_{options.host}_{options.model}{layers}_{options.load_format}_{parallel}"
 
 
 def result_file(options: argparse.Namespace, variant: str) -> Path:
@@ -148,6 +150,7 @@ class VllmEngine(Engine):
             "enable_prefix_caching": False,
             "gpu_memory_utilization": options.memory,
             "tensor_parallel_size": options.tp,
+            "enable_expert_parallel": options.expert_parallel,
             "enforce_eager": options.eager,
             "seed": 0,
         }
@@ -179,6 +182,7 @@ class SglangEngine(Engine):
             disable_radix_cache=True,
             mem_fraction_static=options.memory,
             tp_size=options.tp,
+            ep_size=options.tp if options.expert_parallel else 1,
             attention_backend="triton",
             moe_runner_backend="triton",
             random_seed=0,
