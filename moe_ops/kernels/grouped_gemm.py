@@ -347,9 +347,9 @@ def stationary_kernel(
     a = ()
     scales = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
-        a = (*a, x.load([first_row, k0]))
+        a = a + (x.load([first_row, k0]),)  # noqa: RUF005  (the compiler unpacks no tuples)
         if w_scale is not None:
-            scales = (*scales, load_x_scale(x_scale, expert, rows, live, k0 // SCALE_K if BLOCKED else 0))
+            scales = scales + (load_x_scale(x_scale, expert, rows, live, k0 // SCALE_K if BLOCKED else 0),)  # noqa: RUF005
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     for block in tl.range(part * BLOCKS // num_parts, (part + 1) * BLOCKS // num_parts, num_stages=STAGES):
         column = block * BLOCK_N
