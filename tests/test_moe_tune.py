@@ -560,6 +560,8 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     # other numbers of tokens are added to the file; what stands in it stays
     assert tune.main([*line[:6], "16", *line[9:]]) == 0
     assert {tokens for _, tokens in moe.read(path).entries} == {1, 16, 64, 4096}
+    rows = list(csv.DictReader((tmp_path / "NVIDIA_H200/tune_moe.csv").open()))
+    assert sorted(int(row["tokens"]) for row in rows) == [1, 1, 16, 16, 64, 64, 4096, 4096]
 
 
 def test_no_tune_measures_the_default_alone(monkeypatch, tmp_path, capsys):
