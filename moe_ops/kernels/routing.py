@@ -1,6 +1,7 @@
 """The routing plan in one launch (three for many choices), array for array that of `moe_ops.routing_plan`.
 
 experts of all choices -> counts -> starts -> row of each choice = start + choices of the expert before it -> tiles
+choices without expert -> behind all others, in order
 
 Shapes: topk_ids int32 or int64 [C]; arrays of the plan as in routing.py. No atomics on results: every integer follows
 from the ids alone.
@@ -49,7 +50,8 @@ def count_kernel(
     choices = chunk * CHUNK + tl.arange(0, CHUNK)
     mask = choices < num_choices
     experts = load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS, GLOBAL_EXPERTS)
-    tl.store(chunk_counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts, BINS, mask=mask))
+    counts = tl.histogram(experts, BINS, mask=mask & (experts < EXPERTS))
+    tl.store(chunk_counts_ptr + chunk * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -121,24 +123,29 @@ def place_kernel(
     chunk_choices = chunk * CHUNK + tl.arange(0, CHUNK)
     in_chunk = chunk_choices < num_choices
     chunk_experts = load_experts(ids_ptr, expert_map_ptr, chunk_choices, in_chunk, EXPERTS, GLOBAL_EXPERTS)
-    before = tl.histogram(chunk_experts, BINS, mask=in_chunk & (chunk_choices < pid * BLOCK))
+    counted = in_chunk & (chunk_experts < EXPERTS)
+    before = tl.histogram(chunk_experts, BINS, mask=counted & (chunk_choices < pid * BLOCK))
     if chunk_counts_ptr is None:
-        counts = tl.histogram(chunk_experts, BINS, mask=in_chunk)
+        counts = tl.histogram(chunk_experts, BINS, mask=counted)
     else:
         counts = tl.load(chunk_counts_ptr + num_chunks * BINS + bins)
         before += tl.load(chunk_counts_ptr + chunk * BINS + bins)
 
     starts = tl.cumsum(counts, 0) - counts
+    live_rows = tl.sum(counts, 0)
+    first_without = live_rows + pid * BLOCK - tl.sum(before, 0)
     earlier = tl.arange(0, BLOCK)[None, :] < tl.arange(0, BLOCK)[:, None]
     rank = tl.sum(((experts[:, None] == experts[None, :]) & earlier).to(tl.int32), 1)
-    rows = tl.gather(starts + before, experts, 0) + rank
+    first = tl.gather(starts + before, tl.where(experts < EXPERTS, experts, 0), 0)
+    rows = tl.where(experts < EXPERTS, first, first_without) + rank
     tl.store(rows_ptr + mine, rows, mask=is_choice)
     tl.store(choices_ptr + rows, mine, mask=is_choice)
     if pid == 0:
         tl.store(counts_ptr + bins, counts, mask=bins < EXPERTS)
-        tl.store(starts_ptr + bins, starts, mask=bins <= EXPERTS)
+        tl.store(starts_ptr + bins, starts, mask=bins < EXPERTS)
+        tl.store(starts_ptr + EXPERTS, live_rows)
 
-    tiles = tl.where(bins < EXPERTS, (counts + TILE_ROWS - 1) // TILE_ROWS, 0)
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.cumsum(tiles, 0) - tiles
     if pid == 0:
         tl.store(tile_count_ptr, tl.sum(tiles, 0))
@@ -156,12 +163,12 @@ def place_kernel(
 
 def lone_chunks(bins: int) -> tuple[int, ...]:
     """Sizes of a chunk that holds all choices, so that the plan is one launch: measured on an H200."""
-    return (1024, 2048, 4096) if bins <= 256 else (1024, 2048)
+    return (1024, 2048, 4096) if bins <= 128 else (1024, 2048)
 
 
 def num_bins(num_experts: int) -> int:
-    """Bins of a histogram of the experts, the last ones of choices without."""
-    return max(triton.next_power_of_2(num_experts + 1), 32)
+    """Bins of a histogram of the experts; choices without expert are in none."""
+    return max(triton.next_power_of_2(num_experts), 32)
 
 
 def routing_plan(
