@@ -35,7 +35,7 @@ TILE_ROWS = (16, 32, 64, 128)
 """Rows of a tile that the kernels take."""
 MIN_PROGRAMS = 264
 """Programs that fill a GPU: two for each of the 132 multiprocessors of an H200."""
-DIRECT_TOKENS, DIRECT_EXPERTS = 4, 4
+DIRECT_TOKENS, DIRECT_EXPERTS = 4, 6
 """Tokens of a batch that runs choice by choice, at most, and experts for each of its choices, at least, but for a lone
 token: where choices share an expert, a tile reads it once. Measured on an H200."""
 DIRECT_BLOCK_K, DIRECT_STEPS = 512, 64
