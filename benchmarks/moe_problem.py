@@ -148,9 +148,9 @@ def tolerance(dtype: str) -> float:
     bf16 and fp16: the dtype's eps. Up to five roundings to nearest (gate, up, their product, the expert's output, the
     sum) of 0.2 eps each, root mean square over a binade: 0.45 eps.
 
-    fp8: half of e4m3's eps. The reference rounds the intermediate to fp8 from fp32, the hosts from bf16, and values near
-    the middle of a step go the other way, by up to eps; where one of them makes up most of a row, so does the row. On an
-    H200 rows of vLLM, SGLang and DeepGEMM are off by up to 0.040, ours by 0.027.
+    fp8: half of e4m3's eps. The reference rounds the intermediate to fp8 from fp32, the hosts from bf16, and values
+    near the middle of a step go the other way, by up to eps; where one of them makes up most of a row, so does the row.
+    On an H200 rows of vLLM, SGLang and DeepGEMM are off by up to 0.040, ours by 0.027.
     """
     return torch.finfo(FP8).eps / 2 if dtype == "fp8" else torch.finfo(DTYPES[dtype]).eps
 

@@ -71,20 +71,24 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
     if num_rows <= SMALL_BATCH:
         block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
         wide = widest > 8192
-        if num_rows == 1 or (num_rows <= 4 and not wide):
-            config = ExpandConfig(min(64, widest), block_r, warps, num_stages=2, steps=1)
+        gate_up = len(widths) == 2 and widest > 4096
+        if num_rows == 1 or (num_rows <= 4 and not gate_up):
+            block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
+            config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
         elif wide and num_rows > 4 and ranks <= 64:
             config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)
-    block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)
+    several = len(widths) > 1 and widest >= 8192
+    block_n = min(64 if ranks > 64 and (num_rows >= 2048 or several) else 128, widest)
     blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
     if num_rows > 4096 or block_n == 64:
-        steps = 8 if blocks >= 6000 else 4
+        steps = 8 if blocks >= 6000 or (ranks > 64 and num_rows < 2048) else 4
     else:  # there are planes of h to add up: worth it for several steps, if enough programs are left
         steps = 4 if ranks >= 64 or blocks >= 700 else 1
-    return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=3 if steps > 1 else 2, steps=steps), rank)
+    stages = 2 if steps == 1 or (ranks > 64 and block_n == 128) else 3
+    return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages, steps=steps), rank)
 
 
 def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:
