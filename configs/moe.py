@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -149,6 +150,8 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
         raise ValueError("persistent and stationary are for down, permute and tma_store for gate_up")
     if config.down.persistent and config.down.stationary:
         raise ValueError("down is either persistent or stationary")
+    if config.down.stationary and layer.intermediate > STATIONARY_STEPS * config.down.block_k:
+        raise ValueError(f"stationary is for up to {STATIONARY_STEPS} blocks of k, here of {config.down.block_k}")
     if config.gate_up.block_m not in TILE_ROWS:
         raise ValueError(f"block_m is {config.gate_up.block_m}, expected one of {', '.join(map(str, TILE_ROWS))}")
     for half, products, k in ((config.gate_up, layer.products, layer.hidden), (config.down, 1, layer.intermediate)):
@@ -271,7 +274,8 @@ def layer_default(
         many = tokens * layer.top_k >= TMA_STORE_ROWS * (layer.global_experts or layer.experts)
         first = replace(first, permute=permute, tma_store=permute and many)
         second = replace(second, persistent=persistent_fits(shared))
-    if itemsize == 1 and block_m >= 64 and layer.intermediate <= STATIONARY_STEPS * second.block_k:
+    step = math.gcd(second.block_k, *(layer.block_shape or (0, 0))[1:])  # a block of scales ends a step
+    if itemsize == 1 and block_m >= 64 and layer.intermediate <= STATIONARY_STEPS * step:
         second = replace(second, block_n=64, num_warps=4, num_stages=3, group_m=1, stationary=True)
     return LayerConfig(
         fitted(first, layer.products, itemsize, layer.hidden, shared),
@@ -299,7 +303,7 @@ def fitted(config: MoeConfig, products: int, itemsize: int, k: int, shared: int)
 
 
 @cached
-def _shared_bytes(device) -> int:
+def shared_bytes(device) -> int:
     """Bytes of shared memory that a block may ask for on a torch.device."""
     if device.type != "cuda":
         return files.MAX_SHARED_BYTES
@@ -336,7 +340,7 @@ def layer_config(layer: MoeLayer, tokens: int, dtype, device) -> LayerConfig:
 def _layer_config(layer: MoeLayer, bucket: int, dtype, device) -> LayerConfig:
     itemsize = layer.itemsize(dtype)
     tuned = _pinned[0] if _pinned else _find(layer, bucket, dtype, device, itemsize)
-    return tuned or layer_default(layer, bucket, itemsize, shared=_shared_bytes(device))
+    return tuned or layer_default(layer, bucket, itemsize, shared=shared_bytes(device))
 
 
 def _find(layer: MoeLayer, bucket: int, dtype, device, itemsize: int) -> LayerConfig | None:

@@ -95,7 +95,7 @@ def run_planned(
     choices = topk_ids.numel()
     pdl = _supports_pdl(hidden.device)
     plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map, pdl=pdl)
-    weights = topk_weights.reshape(-1)
+    weights = topk_weights.reshape(-1).contiguous()
     on_input, on_output = (weights, None) if apply_router_weight_on_input else (None, weights)
 
     group = None if block_shape is None else block_shape[1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ops_configs.moe import TILE_ROWS, moe_default
+from ops_configs.moe import TILE_ROWS, fitted, moe_default, shared_bytes
 from ops_patches.library import op_library, uses_kernels
 
 from . import checks, reference
@@ -91,8 +91,10 @@ def _grouped_gemm(x, w, plan, top_k, tile_rows, gather, bias, topk_weights, x_sc
 
     out = x.new_zeros(choices, w.shape[1], dtype=out_dtype)  # rows without expert: no program writes them
     if out.numel() > 0:
-        config = moe_default(tile_rows, choices // top_k, experts, top_k, *w.shape[1:], itemsize=x.dtype.itemsize)
-        weights = None if topk_weights is None else topk_weights.reshape(-1)
+        itemsize, k = x.dtype.itemsize, w.shape[2]
+        config = moe_default(tile_rows, choices // top_k, experts, top_k, *w.shape[1:], itemsize=itemsize)
+        config = fitted(config, 1, itemsize, k, shared_bytes(x.device))
+        weights = None if topk_weights is None else topk_weights.reshape(-1).contiguous()
         kernel.grouped_gemm(x, w, out, plan, config, gather=gather, bias=bias, weights=weights, **scales)
     return out
 

@@ -34,6 +34,16 @@ def platform() -> str:
     return next((name for name, is_it in others.items() if is_it()), "cuda")
 
 
+def _all_experts(local: int) -> int | None:
+    """Experts of all ranks of SGLang's expert parallelism; None where its groups are not set up."""
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        return local * get_parallel().moe_ep_size
+    except (RuntimeError, ValueError, AssertionError):
+        return None
+
+
 def activation_of(
     activation: str,
     is_gated: bool,
@@ -109,7 +119,6 @@ def from_function(
         LeftToHost: the call is not one for our kernels.
     """
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
-    from sglang.srt.runtime_context import get_parallel
 
     if is_batch_invariant_mode_enabled():
         raise LeftToHost("batch-invariant mode: the rows of a tile depend on the batch")
@@ -134,7 +143,7 @@ def from_function(
         "bias13": b1,
         "bias2": b2,
         "apply_router_weight_on_input": apply_router_weight_on_input,
-        "global_experts": w1.shape[0] * get_parallel().moe_ep_size if filter_expert else None,
+        "global_experts": _all_experts(w1.shape[0]) if filter_expert else None,
         "routed_scaling": 1.0 if routed_scaling_factor is None else routed_scaling_factor,
         **activation_of(
             activation,

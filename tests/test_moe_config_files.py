@@ -263,6 +263,31 @@ def test_a_bad_entry_is_left_out_and_named(monkeypatch, tmp_path, warnings, entr
     assert len(warnings.records) == 1
 
 
+def test_each_half_takes_its_own_switches():
+    for half, switch in (
+        ("gate_up", "persistent"),
+        ("gate_up", "stationary"),
+        ("down", "permute"),
+        ("down", "tma_store"),
+    ):
+        wrong = replace(CONFIG, **{half: replace(getattr(CONFIG, half), **{switch: True})})
+        with pytest.raises(ValueError, match="for gate_up"):
+            moe.check(wrong, LAYER, 2)
+    with pytest.raises(ValueError, match="either persistent or stationary"):
+        moe.check(replace(CONFIG, down=replace(CONFIG.down, persistent=True, stationary=True)), LAYER, 2)
+    long = replace(LAYER, intermediate=moe.STATIONARY_STEPS * CONFIG.down.block_k + 1)
+    with pytest.raises(ValueError, match="stationary is for up to"):
+        moe.check(replace(CONFIG, down=replace(CONFIG.down, stationary=True)), long, 2)
+
+
+@pytest.mark.parametrize("block_k", [32, 64, 128])
+def test_stationary_default_counts_the_steps_that_scale_blocks_leave(block_k):
+    layer = MoeLayer(64, 8, 2048, 4 * block_k, quant="fp8_w8a8", block_shape=(128, block_k))
+    for longer, expected in ((0, True), (16, False)):
+        config = moe.layer_default(replace(layer, intermediate=layer.intermediate + longer), 4096, 1)
+        assert config.down.stationary == expected
+
+
 def test_restrictions_of_quantised_layers():
     narrow = replace(CONFIG, down=replace(CONFIG.down, block_k=16))
     with pytest.raises(ValueError, match="32 of 8-bit"):

@@ -185,7 +185,7 @@ def fused_experts_direct(
     gate_bias, up_bias = (bias13, None) if bias13 is None or not gated else split_gate_up(bias13, interleaved)
     gate_bias_ptr, *bias13_strides = bias_operand(gate_bias)
     bias2_ptr, *bias2_strides = bias_operand(bias2)
-    ids, weights = topk_ids.reshape(-1), topk_weights.reshape(-1)
+    ids, weights = topk_ids.reshape(-1).contiguous(), topk_weights.reshape(-1).contiguous()
     expert_map = None if expert_map is None else expert_map.contiguous()
     experts, width, inner = w2.shape
     constants = {

@@ -406,7 +406,8 @@ def grouped_gemm(
     num_tiles = plan.tile_experts.shape[0]
     programs = num_tiles * triton.cdiv(n, config.block_n)
     persistent = config.persistent and x_tma
-    out_tma = (persistent or config.stationary) and x_tma and takes_tma(out)
+    stationary = config.stationary and x_tma and takes_tma(out) and k <= STATIONARY_STEPS * block_k
+    out_tma = stationary or (persistent and takes_tma(out))
     if persistent:
         programs = min(programs, multiprocessors(x.device))
     bias_ptr, *bias_strides = bias_operand(bias)
@@ -432,7 +433,7 @@ def grouped_gemm(
         "num_stages": config.num_stages,
         "launch_pdl": pdl,
     }
-    if config.stationary and out_tma and k <= STATIONARY_STEPS * block_k:
+    if stationary:
         parts = 1 if num_tiles <= WHOLE_TILES * multiprocessors(x.device) else 2
         stationary_kernel[(num_tiles * parts,)](
             operand(x, (config.block_m, block_k), x_tma),

@@ -180,7 +180,7 @@ def routing_plan(
 ) -> RoutingPlan:
     """`moe_ops.routing_plan` of at least one choice; the rest is the same, pdl as in launches.py."""
     checks.routing("routing_plan", topk_ids, num_experts, expert_map)
-    ids = topk_ids.reshape(-1)
+    ids = topk_ids.reshape(-1).contiguous()  # a view of one column keeps its stride
     expert_map = None if expert_map is None else expert_map.contiguous()
     num_choices = ids.shape[0]
     num_tiles = tile_count_bound(num_choices, num_experts, tile_rows)

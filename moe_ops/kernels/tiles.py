@@ -149,7 +149,7 @@ def store_rows(
     """Store a block [BLOCK_M, BLOCK_N] of a tile's rows, rounded to the dtype of out; none beyond its `size` rows.
 
     A descriptor's third dimension ends at 2^30: coordinates that reach it after `size` rows let TMA drop the others,
-    while the first two, whose strides add up to 2^64 = 0, bring the address back (triton.tools.ragged_tma).
+    while the first two, whose strides add up to 2^34, bring the address back by 2^64 (triton.tools.ragged_tma).
     """
     if OUT_TMA:
         block = tl.reshape(values.to(out.dtype), 1, 1, values.shape[0], values.shape[1])

@@ -1,7 +1,7 @@
 """Which launch parameters are worth a measurement: the whole space, pruned by a model of a GPU like an H200.
 
 all blocks and warps -> those that fit (shared memory, registers) -> those that the model finds fast enough -> sweep
--> the best one's `neighbours`: other stages, warps and orders of tiles
+-> the best one's `neighbours`: other stages, warps, orders of tiles and ways to read and store
 
 The model knows bytes, products, waves and latency, not instructions: it leaves out what cannot win, the clock decides.
 """
@@ -156,7 +156,7 @@ def neighbours(
     others = {
         "num_stages": range(2, MAX_STAGES + 1),
         "num_warps": warps_of(config.block_m),
-        "group_m": (1, 4, 8, 16, 32) if config.block_m >= 64 else (1, 4),
+        "group_m": (1,) if config.stationary else (1, 4, 8, 16, 32) if config.block_m >= 64 else (1, 4),
     }
     if config.block_m >= 64 and itemsize < 4:
         if half == "down":

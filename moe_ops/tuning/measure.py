@@ -26,8 +26,8 @@ SHORTLIST = 6
 CHECKED_TOKENS = 256
 TOLERANCE = {"float16": 2**-9, "bfloat16": 2**-7, "float32": 1e-5}
 """Greatest relative error of a row: a unit in the last place of half precision."""
-QUANT_TOLERANCE = 2**-4
-"""The same where activations are quantised: a row whose largest element takes another step, of 1/8 at most."""
+QUANT_TOLERANCE = {"fp8_w8a8": 2**-4, "int8_w8a8": 2**-5}
+"""The same where activations are quantised: a row whose largest element takes another step, in fp8 of 1/8 at most."""
 ROUTINGS = ("uniform", "zipf")
 
 Candidates = dict[int, dict[Half, list[MoeConfig]]]
@@ -134,9 +134,7 @@ class Batch:
     @property
     def tolerance(self) -> float:
         """Of `error`."""
-        if self.bench.layer.quant in ("fp8_w8a8", "int8_w8a8"):
-            return QUANT_TOLERANCE
-        return TOLERANCE[self.bench.target.hidden_dtype]
+        return QUANT_TOLERANCE.get(self.bench.layer.quant, TOLERANCE[self.bench.target.hidden_dtype])
 
     def capture(self, config: LayerConfig | None) -> Callable[[], float]:
         """Replays a graph of calls with this config: see `Clock.capture`."""

@@ -19,13 +19,13 @@ def random_config(block_m: int, permute: bool, down_as: str) -> LayerConfig:
     tma_store = random.choice((False, True))
     return LayerConfig(
         replace(gate_up, permute=permute, tma_store=tma_store),
-        replace(down, persistent=down_as == "persistent", stationary=down_as == "stationary"),
+        replace(down, persistent=down_as == "persistent", stationary="stationary" in down_as),
     )
 
 
 @pytest.mark.parametrize("block_m", [16, 128])
 @pytest.mark.parametrize("permute", [False, True], ids=["gathered", "permuted"])
-@pytest.mark.parametrize("down_as", ["a program a tile", "persistent", "stationary"])
+@pytest.mark.parametrize("down_as", ["a program a tile", "persistent", "stationary", "too long for stationary"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["all experts", "expert map"])
 def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, down_as, permute, block_m):
     """Tiles of 128 rows are full, more than half full, and less."""
@@ -51,6 +51,8 @@ def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, down_as, pe
 
         monkeypatch.setattr(module, name, watched)
 
+    if down_as == "too long for stationary":
+        monkeypatch.setattr(grouped_gemm, "STATIONARY_STEPS", 0)
     monkeypatch.setattr("moe_ops.launches.layer_config", layer_config)
     watch(gate_up, "gate_up", 4)
     watch(grouped_gemm, "grouped_gemm", 4)

@@ -56,7 +56,7 @@ CASES = [
     Case("two tokens, choice by choice", tokens=2, experts=40, top_k=3, bias=True, options={"routed_scaling": 2.5}),
     Case("two tokens, ids of -1", tokens=2, experts=33, top_k=4, left_out=0.5, hidden=37, inner=21),
     Case("two tokens, interleaved", tokens=2, experts=17, bias=True, options=SWIGLU | {"interleaved": True}),
-    Case("four tokens, ungated", tokens=4, experts=32, options={"gated": False, "apply_router_weight_on_input": True}),
+    Case("four tokens, ungated", tokens=4, experts=48, options={"gated": False, "apply_router_weight_on_input": True}),
     Case("rows that TMA does not take", hidden=37, inner=21),
     Case("experts without tokens", tokens=3, experts=60, top_k=4),
     Case("one expert of one", experts=1, top_k=1),
@@ -278,6 +278,20 @@ def test_plan_is_that_of_torch(name, ids_dtype, mapped, device, poisoned):
         for array, values in expected.items():
             assert ours[array].dtype == torch.int32
             assert torch.equal(ours[array], values), array
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_ids_and_weights_of_any_stride(tokens, device):
+    """One column of wider tensors, whose reshape keeps the stride."""
+    layer = make_layer(Case("", tokens=tokens, experts=6, top_k=1), torch.float16, device)
+    expected = reference.fused_experts(**in_fp32(layer))
+    for name, other in (("topk_ids", 5 - layer["topk_ids"]), ("topk_weights", -layer["topk_weights"])):
+        layer[name] = torch.cat([layer[name], other], 1)[:, :1]
+        assert layer[name].stride(0) == 2
+    torch.testing.assert_close(moe_ops.fused_experts(**layer).float(), expected.float(), rtol=0.0, atol=0.01)
+    plan = routing_plan(layer["topk_ids"], 6, 16)
+    for name in ops.PLAN_ARRAYS:
+        assert torch.equal(getattr(plan, name), getattr(moe_ops.routing_plan(layer["topk_ids"], 6, 16), name)), name
 
 
 def test_plan_scans_more_chunks_than_a_step_takes(monkeypatch, device):
