@@ -47,10 +47,11 @@ KNOWN_STACK = {
     ("int8 weights", "grouped_gemm_kernel"): 448,
     ("mixtral", "down_direct_kernel"): 256,
     ("float32", "expand_kernel"): 1536,
+    ("down 64", "expand_kernel"): 4608,
 }
 """Kernels of a case that spill more. With Triton 3.9 and 3.6: 416 and 384 bytes, where persistent programs of 128 x 256
 convert the weights first; 208 and none, of 56 unrolled steps; 1424 and 304, where one warp multiplies 256 columns on
-CUDA cores."""
+CUDA cores; 4576 and none, of 14 planes of h that are all loaded before they are added up."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,10 @@ def run_lora(tensors: tuple, tiles) -> None:
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("layer", LORA)
 def test_lora(compiler, layer, rank, rows):
-    """Batches of tiles of 16 rows, with large ones among them, and of tiles of 64; with and without planes."""
+    """Batches of tiles of 16 rows, and of 64; with and without planes."""
     with compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
-    check(kernels)
+    check(kernels, f"{layer} {rank}")
     linear = [kernel for kernel in kernels if kernel.constants.get("PDL")]
     assert {kernel.name for kernel in linear} == {"shrink_kernel", "expand_kernel"}
     assert all("griddepcontrol.wait" in kernel.ptx for kernel in linear)
