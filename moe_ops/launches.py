@@ -143,8 +143,10 @@ def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **
     layer = layer_of(w2, top_k, global_experts=global_experts, **options)
     if runs_direct(layer, 1):
         run_direct(*arguments, **options)
-    for config in dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS):
+    configs = dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS)
+    for config in configs:
         run_planned(*arguments, config, **options)
-        for choices in lone_chunks(num_bins(w2.shape[0])):  # one more than each holds
-            many = topk_ids.expand(choices // top_k + 1, -1)
-            routing_plan(many, w2.shape[0], config.gate_up.block_m, expert_map, pdl=_supports_pdl(hidden.device))
+    experts, pdl = w2.shape[0], _supports_pdl(hidden.device)
+    for tile_rows in {config.gate_up.block_m for config in configs}:
+        for choices in lone_chunks(num_bins(experts)):  # one more than each holds
+            routing_plan(topk_ids.expand(choices // top_k + 1, -1), experts, tile_rows, expert_map, pdl=pdl)
