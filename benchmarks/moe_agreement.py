@@ -79,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--no-speed", action="store_true", help="leave the timings out")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     add("--memory", type=float, default=0.8, help="share of the GPU's memory for the engine")
+    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of the host's engine")
     add("--timeout", type=float, default=580, help="seconds for one engine")
     add("--commit", default="unknown", help="commit to write into the results")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
@@ -162,7 +163,7 @@ class VllmEngine(Engine):
             # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
         self.version = vllm.__version__
-        self.llm = vllm.LLM(**arguments)
+        self.llm = vllm.LLM(**arguments | options.engine_args)
 
 
 class SglangEngine(Engine):
@@ -171,24 +172,26 @@ class SglangEngine(Engine):
 
         self.requests, self.vocab, self.adapters = options.requests, shape_of(options).vocab, []
         self.version = sglang.__version__
-        graphs = {"disable_cuda_graph": True} if options.eager else {"cuda_graph_max_bs_decode": max(options.requests)}
-        self.engine = sglang.Engine(
-            model_path=str(model_folder(options)),
-            load_format="dummy" if options.load_format == "dummy" else "auto",
-            dtype="bfloat16",
-            skip_tokenizer_init=True,
-            context_length=2048,
-            max_running_requests=max(options.requests),
-            disable_radix_cache=True,
-            mem_fraction_static=options.memory,
-            tp_size=options.tp,
-            ep_size=options.tp if options.expert_parallel else 1,
-            attention_backend="triton",
-            moe_runner_backend="triton",
-            random_seed=0,
-            log_level="warning",
-            **graphs,
+        arguments = {
+            "model_path": str(model_folder(options)),
+            "load_format": "dummy" if options.load_format == "dummy" else "auto",
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "context_length": 2048,
+            "max_running_requests": max(options.requests),
+            "disable_radix_cache": True,
+            "mem_fraction_static": options.memory,
+            "tp_size": options.tp,
+            "ep_size": options.tp if options.expert_parallel else 1,
+            "attention_backend": "triton",
+            "moe_runner_backend": "triton",
+            "random_seed": 0,
+            "log_level": "warning",
+        }
+        arguments |= (
+            {"disable_cuda_graph": True} if options.eager else {"cuda_graph_max_bs_decode": max(options.requests)}
         )
+        self.engine = sglang.Engine(**arguments | options.engine_args)
 
     def generate(self, requests: list[Request], settings: dict) -> list[dict]:
         """`settings` as vLLM takes them: max_tokens, logprobs, prompt_logprobs."""

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from types import SimpleNamespace
 
 import moe_agreement as ma
 import numpy as np
@@ -131,3 +133,15 @@ def test_answers_of_sglang():
     assert first["logprobs"][0] == {"3": -0.5, "9": -0.6}
     assert found.engine.asked["max_new_tokens"] == ma.GREEDY_TOKENS
     assert set(found.speed()["decode_ms"]) == {"1", "2"}
+
+
+@pytest.mark.parametrize("host", ["vllm", "sglang"])
+def test_engine_arguments_reach_the_engine(monkeypatch, host):
+    asked = {}
+    fake = SimpleNamespace(Engine=asked.update, LLM=asked.update, __version__="0")
+    monkeypatch.setitem(sys.modules, host, fake)
+    options = ma.parse(["--host", host, "--out", ".", "--engine-args", '{"dtype": "float16", "extra": 3}'])
+    ma.ENGINES[host](options)
+    assert asked["dtype"] == "float16"
+    assert asked["extra"] == 3
+    assert asked["load_format"] == "dummy"
