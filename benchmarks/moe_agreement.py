@@ -3,13 +3,13 @@
 
     python benchmarks/moe_agreement.py --host vllm --variant base patched --compare --out DIR
     python benchmarks/moe_agreement.py --host sglang --variant base patched --compare --out DIR
-    python benchmarks/moe_agreement.py --host vllm --load-format safetensors --layers 8 --variant base patched \
-        --compare --out DIR
+    python benchmarks/moe_agreement.py --host vllm --load-format safetensors --layers 8 \
+        --variant reference base patched --compare --out DIR
 
 Each variant runs in a process of its own, whose results are saved in DIR as JSON: `base` is the host on its Triton
-experts, `patched` runs with MOE_OPS_VLLM=1 or MOE_OPS_SGLANG=1. `--compare` reads what is saved; it can be a command of
-its own. Measured are ms per decode step at 1, 16, 64 and 256 requests, and prefill tokens/s. CUDA graphs are on unless
---eager.
+experts, `patched` runs with MOE_OPS_VLLM=1 or MOE_OPS_SGLANG=1, `reference` is transformers in fp32 on the first
+requests. `--compare` reads what is saved; it can be a command of its own. Measured are ms per decode step at 1, 16, 64
+and 256 requests, and prefill tokens/s. CUDA graphs are on unless --eager.
 
 Dummy weights, the hosts' own random numbers, are good for speed alone: requests of random tokens reach all experts, but
 weights of 1e-3 leave nothing of the experts in the log-probs. With --load-format safetensors weights are written that
@@ -18,8 +18,9 @@ keep their scale (1.2 GB a layer of Qwen3-30B-A3B: give --layers), and these are
     prefill  log-probs of every token of a random prompt, for 1, 16, 64 and 256 requests at once
     greedy   64 tokens of each request: two engines may part at a near-tie alone
 
-The yardstick is how far base is off by itself, in batches of other sizes and in reversed order: the root mean square of
-patched against base may be three times that.
+The yardstick is how far base is off by itself: from the fp32 reference, and from the same requests in batches of other
+sizes and in reversed order. The root mean square of patched against base may be three times that, and that of patched
+against the reference 1.25 times that of base.
 
 Exit status: 0 if every comparison holds, 1 if not.
 """
@@ -41,21 +42,25 @@ from pathlib import Path
 
 from vllm_agreement import (
     AGREES,
+    AS_NEAR,
     GREEDY_LOGPROBS,
     GREEDY_TOKENS,
     NEAR_TIE,
     PREFILL_TOKENS,
     PROMPT_TOKENS,
+    REFERENCE_REQUESTS,
     Difference,
     Engine,
     Request,
     batch_sizes,
     environment,
+    largest_batch,
     noise_of,
     speed_rows,
 )
 
-VARIANTS = ("base", "patched")
+ENGINE_VARIANTS = ("base", "patched")
+VARIANTS = ("reference", *ENGINE_VARIANTS)
 SWITCHES = {"vllm": "MOE_OPS_VLLM", "sglang": "MOE_OPS_SGLANG"}
 GREEDY_REQUESTS = 64
 LEAST_NOISE = 1e-4
@@ -69,7 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="qwen3-30b-a3b", choices=("tiny-moe", "qwen3-30b-a3b"))
     add("--layers", type=int, help="keep that many layers of the model")
     add("--load-format", default="dummy", choices=("dummy", "safetensors"), help="safetensors: compare answers too")
-    add("--variant", nargs="+", choices=VARIANTS, default=[], metavar="NAME", help="what to run: base, patched")
+    add(
+        "--variant", nargs="+", choices=VARIANTS, default=[], metavar="NAME", help=f"what to run: {', '.join(VARIANTS)}"
+    )
     add("--compare", action="store_true", help="compare what --out holds")
     add("--out", type=Path, required=True, help="folder of the results")
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "moe_agreement"), help="folder of the checkpoint")
@@ -101,6 +108,9 @@ def label(options: argparse.Namespace) -> str:
 
 
 def result_file(options: argparse.Namespace, variant: str) -> Path:
+    """The reference serves both hosts and every way of parallelism."""
+    if variant == "reference":
+        return options.out / f"moe_agreement_{model_folder(options).name}_reference.json"
     return options.out / f"{label(options)}_{variant}.json"
 
 
@@ -159,8 +169,9 @@ class VllmEngine(Engine):
             arguments["moe_backend"] = "triton"
             if options.process == "patched":
                 arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
-        if options.tp > 1:
-            # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
+        if (
+            options.tp > 1
+        ):  # this fusion and what `environment` turns off reach for NVLink multicast: not every host has it
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
         self.version = vllm.__version__
         self.llm = vllm.LLM(**arguments | options.engine_args)
@@ -277,6 +288,27 @@ def run_engine(options: argparse.Namespace) -> dict:
     }
 
 
+def run_reference(options: argparse.Namespace) -> dict:
+    """Transformers in fp32, one request at a time along the same tokens: log-probs of the prompts' prefill."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_float32_matmul_precision("highest")
+    torch.set_grad_enabled(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder(options), dtype=torch.float32, device_map=device, experts_implementation="eager"
+    )
+    model.eval()
+    logprobs, best = [], []
+    for request in make_requests(options, PREFILL_TOKENS, seed=2)[:REFERENCE_REQUESTS]:
+        tokens = torch.tensor(request.prompt, device=device)
+        scores = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)
+        logprobs.append(scores.gather(1, tokens[1:, None])[:, 0].tolist())
+        best.append(scores.argmax(-1).tolist())
+    return {"prefill": {"logprob": logprobs, "best": best}}
+
+
 def run_variants(options: argparse.Namespace, argv: list[str]) -> None:
     """Each variant in a process of its own, after another that writes the checkpoint and frees the GPU."""
     from ops_patches import state
@@ -296,21 +328,36 @@ def run_variants(options: argparse.Namespace, argv: list[str]) -> None:
 # Comparing
 
 
-def differences(base: dict, patched: dict) -> Iterator[tuple[str, Difference, float | None]]:
+def yardstick_of(base: dict, reference: dict | None) -> float:
+    """How far base is off by itself, rms of the prefill's log-probs."""
+    errors = [noise_of(base["prefill"]).rms, LEAST_NOISE]
+    if reference:
+        errors.append(Difference.between(largest_batch(base["prefill"]), reference["prefill"]).rms)
+    return max(errors)
+
+
+def differences(
+    base: dict, patched: dict, reference: dict | None = None
+) -> Iterator[tuple[str, Difference, float | None]]:
     """(what, found, limit of its rms) of the prefill's log-probs; None: for information."""
-    noise = noise_of(base["prefill"])
-    limit = AGREES * max(noise.rms, LEAST_NOISE)
-    yield "base against itself", noise, None
+    limit = AGREES * yardstick_of(base, reference)
+    yield "base against itself", noise_of(base["prefill"]), None
+    if reference:
+        off = [
+            Difference.between(largest_batch(answers["prefill"]), reference["prefill"]) for answers in (base, patched)
+        ]
+        yield "base against fp32", off[0], None
+        yield "patched against fp32", off[1], AS_NEAR * off[0].rms
     for name in (*batch_sizes(base["prefill"]), "reversed"):
         what = f"patched against base, {name}" + " requests" * name.isdigit()
         yield what, Difference.between(base["prefill"][name], patched["prefill"][name]), limit
 
 
-def greedy(base: dict, patched: dict) -> tuple[str, list[str]]:
+def greedy(base: dict, patched: dict, yardstick: float) -> tuple[str, list[str]]:
     """How far free greedy decoding agrees; a request that parts elsewhere than at a near-tie is a fault."""
     from engine_job import compare
 
-    tie = NEAR_TIE * max(noise_of(base["prefill"]).rms, LEAST_NOISE)
+    tie = NEAR_TIE * yardstick
     found = [compare(a, b, tie) for a, b in zip(base["greedy"], patched["greedy"], strict=True)]
     equal, ties = sum(a.equal for a in found), sum(a.tie for a in found)
     text = (
@@ -327,40 +374,43 @@ def compare_results(options: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    files = {name: result_file(options, name) for name in VARIANTS}
+    files = {name: result_file(options, name) for name in ENGINE_VARIANTS}
     if missing := [str(file) for file in files.values() if not file.exists()]:
         raise SystemExit(f"missing: {', '.join(missing)}; run with --variant first")
     results = {name: json.loads(file.read_text()) for name, file in files.items()}
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     found_faults = [fault for result in results.values() for fault in result["faults"]]
 
-    answers = [results[name]["agreement"] for name in VARIANTS]
+    reference = result_file(options, "reference")
+    reference = json.loads(reference.read_text()) if reference.exists() else None
+    answers = [results[name]["agreement"] for name in ENGINE_VARIANTS]
     if all(answers):
         table = Table(title=f"{label(options)}: prefill log-probs along the same prefix", title_justify="left")
         for column in ("what", "positions", "rms", "limit", "largest", "same best token"):
             table.add_column(column, justify="left" if column == "what" else "right")
-        for what, found, limit in differences(*answers):
+        for what, found, limit in differences(*answers, reference):
             holds = limit is None or found.rms <= limit
             numbers = (str(found.positions), f"{found.rms:.1e}", f"{limit:.1e}" if limit else "")
             table.add_row(what, *numbers, f"{found.largest:.1e}", f"{found.same_best:.1%}")
             if not holds:
                 found_faults.append(f"{what}: rms {found.rms:.1e}, limit {limit:.1e}")
         console.print(table)
-        text, parted = greedy(*answers)
+        text, parted = greedy(*answers, yardstick_of(answers[0], reference))
         console.print(text)
         found_faults += parted
     else:
         console.print("[yellow]dummy weights: answers are not compared, see --load-format[/]")
 
     table = Table(title=f"{label(options)}: speed", title_justify="left")
-    for column in ("", "requests", *VARIANTS, "base / patched"):
+    for column in ("", "requests", *ENGINE_VARIANTS, "base / patched"):
         table.add_column(column, justify="right" if column else "left")
     for metric, requests, samples in speed_rows(results):
         middle = {name: statistics.mean(values) for name, values in samples.items()}
         cells = [
-            f"{middle[n]:,.2f} ±{(max(samples[n]) - min(samples[n])) / 2:.2f}" if n in middle else "-" for n in VARIANTS
+            f"{middle[n]:,.2f} ±{(max(samples[n]) - min(samples[n])) / 2:.2f}" if n in middle else "-"
+            for n in ENGINE_VARIANTS
         ]
-        if len(middle) == len(VARIANTS):
+        if len(middle) == len(ENGINE_VARIANTS):
             ratio = middle["base"] / middle["patched"]
             cells.append(f"{ratio if metric.startswith('ms') else 1 / ratio:.2f}")
         table.add_row(metric, requests, *cells)
@@ -383,7 +433,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.process:
-        result_file(options, options.process).write_text(json.dumps(run_engine(options)))
+        run = run_reference if options.process == "reference" else run_engine
+        result_file(options, options.process).write_text(json.dumps(run(options)))
         return 0
     if options.variant:
         run_variants(options, argv)

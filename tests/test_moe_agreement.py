@@ -84,6 +84,31 @@ def test_a_patch_that_did_not_fire_is_seen(results, verdict):
     assert "our kernels were called in 0 of 1 workers" in output
 
 
+def off_by(truth: np.ndarray, error: float, seed: int) -> dict:
+    """An engine that gives the same answer in every batch, that far from the truth."""
+    result = engine(np.random.default_rng(1), truth)
+    logprob = truth + np.random.default_rng(seed).normal(0, error, truth.shape)
+    best = [[7] * truth.shape[1]] * truth.shape[0]
+    for name, answer in result["agreement"]["prefill"].items():
+        rows = int(name) if name.isdigit() else len(truth)
+        answer.update(logprob=logprob[:rows].tolist(), best=best[:rows])
+    return result
+
+
+@pytest.mark.parametrize(("error", "status"), [(0.02, 0), (0.03, 1)])
+def test_the_reference_is_the_yardstick_of_a_base_that_never_changes_its_mind(tmp_path, verdict, error, status):
+    truth = np.random.default_rng(0).normal(-8, 1, (12, 32))
+    results = {"base": off_by(truth, 0.02, seed=2), "patched": off_by(truth, error, seed=3)}
+    found, output = verdict(copy.deepcopy(results))
+    assert found == 1, output  # without a reference, base's perfect repetition is the yardstick
+    options = ma.parse(["--host", "sglang", "--model", "tiny-moe", "--out", str(tmp_path)])
+    reference = {"prefill": {"logprob": truth[:9].tolist(), "best": [[7] * 32] * 9}}
+    ma.result_file(options, "reference").write_text(json.dumps(reference))
+    found, output = verdict(results)
+    assert found == status, output
+    assert "patched against fp32" in output
+
+
 def test_dummy_weights_are_timed_alone(results, verdict):
     for result in results.values():
         result["agreement"] = None
