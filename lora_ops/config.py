@@ -3,8 +3,16 @@
 MAX_RANK = 512
 MAX_SLICES = 3
 """Slices that one launch takes; a layer with more takes several."""
+CHUNKS_BATCH = 1024
+"""Batches of up to this many rows give each chunk of K to a program of its own, larger ones each group of chunks.
+
+Measured on an H200 with K = 14336: at 1024 rows, rank 64, groups leave too few programs (40.1 us, chunks 30.9); at 2048
+rows, rank 128, chunks are too many planes to read (94.9 us, groups 66.2).
+"""
 PLANES_BATCH = 4096
 """Batches of up to this many rows split K over programs; larger ones have tiles enough to fill a GPU."""
+MAX_GROUPS = 4
+"""Groups that the chunks of K make at most, from rank 33 on."""
 
 
 def chunk_k(k: int) -> int:
@@ -14,3 +22,12 @@ def chunk_k(k: int) -> int:
     programs for a small batch, and more planes for the expand to read.
     """
     return 512 if k < 4096 else 1024
+
+
+def group_chunks(k: int, rank: int) -> int:
+    """Consecutive chunks that are added up to a group's sum, before the groups' sums are; the last may have fewer.
+
+    Of the layer alone, too. So a plane may hold a chunk, a group or all of K, with the same bits in the end. One chunk
+    a group up to rank 32, where a reader's registers hold what it loads of all chunks at once.
+    """
+    return 1 if rank <= 32 else -(-k // (MAX_GROUPS * chunk_k(k)))

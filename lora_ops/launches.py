@@ -13,7 +13,7 @@ from ops_configs.lora import expand_config, shrink_config
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
 
-from .config import PLANES_BATCH, chunk_k
+from .config import CHUNKS_BATCH, PLANES_BATCH, chunk_k, group_chunks
 from .plan import plan_layout, tile_count_bound, tile_rows_for
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
@@ -59,9 +59,12 @@ def segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_l
     return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, token_nums, pointers, per_segment)
 
 
-def num_planes(k: int, num_rows: int) -> int:
-    """Chunks of K that get a plane each: all of them while the batch alone gives a GPU too few programs."""
-    return -(-k // chunk_k(k)) if num_rows <= PLANES_BATCH else 1
+def num_planes(k: int, rank: int, num_rows: int) -> int:
+    """Planes that the sum over K is split into: the fewer, the more programs the rows of a batch make."""
+    if num_rows > PLANES_BATCH:
+        return 1
+    chunks = -(-k // chunk_k(k))
+    return chunks if num_rows <= CHUNKS_BATCH else -(-chunks // group_chunks(k, rank))
 
 
 def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
@@ -70,13 +73,13 @@ def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
 
     k, rank = x.shape[1], lora_a[0].shape[1]
     config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
-    planes = num_planes(k, tiles.batch)
+    planes = num_planes(k, rank, tiles.batch)
     if planes == 1:
         shrink(x, lora_a, out.unsqueeze(0), tiles, scale, config)
     else:
         partial = torch.empty((planes, *out.shape), dtype=torch.float32, device=out.device)
         shrink(x, lora_a, partial, tiles, scale, config)
-        sum_planes(partial, out, tiles)
+        sum_planes(partial, out, tiles, k)
 
 
 def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) -> None:
@@ -96,16 +99,17 @@ def run_linear(
 
     first: nothing of this stream comes before the shrink.
     """
-    from .kernels.shrink import shrink
+    from .kernels.shrink import planes_of_group, shrink
 
     k, rank = x.shape[1], lora_a[0].shape[1]
     pdl = _supports_pdl(y.device)
     partial = torch.empty(
-        (num_planes(k, tiles.batch), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
+        (num_planes(k, rank, tiles.batch), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
     )
     config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
     shrink(x, lora_a, partial, tiles, scale, config, pdl=pdl, first=first)
-    run_expand(partial, lora_b, y, offset, add_inputs, tiles, pdl=pdl, **options)
+    group = planes_of_group(k, rank, partial.shape[0])
+    run_expand(partial, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
 
 
 _compiled: set[tuple] = set()

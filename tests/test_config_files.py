@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from lora_ops import doctor
-from lora_ops.config import PLANES_BATCH
+from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
 from lora_ops.plan import SMALL_BATCH, tile_rows_for
 from ops_configs import files, lora, store
 from ops_configs.lora import ExpandConfig, ShrinkConfig
@@ -67,7 +67,8 @@ def test_a_bucket_holds_every_row_count_and_one_tile_size():
         assert bucket in store.BUCKETS
         assert bucket >= rows or bucket == store.BUCKETS[-1]
         assert tile_rows_for(bucket) == tile_rows_for(rows)
-        assert (bucket <= PLANES_BATCH) == (rows <= PLANES_BATCH)
+        for most in (CHUNKS_BATCH, PLANES_BATCH):
+            assert (bucket <= most) == (rows <= most)
         assert store.row_bucket(bucket) == bucket
     assert store.SMALL_BATCH == SMALL_BATCH
     assert lora.row_buckets() == store.BUCKETS

@@ -47,11 +47,10 @@ KNOWN_STACK = {
     ("int8 weights", "grouped_gemm_kernel"): 448,
     ("mixtral", "down_direct_kernel"): 256,
     ("float32", "expand_kernel"): 1536,
-    ("down 64", "expand_kernel"): 4608,
 }
 """Kernels of a case that spill more. With Triton 3.9 and 3.6: 416 and 384 bytes, where persistent programs of 128 x 256
 convert the weights first; 208 and none, of 56 unrolled steps; 1424 and 304, where one warp multiplies 256 columns on
-CUDA cores; 4576 and none, of 14 planes of h that are all loaded before they are added up."""
+CUDA cores."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,11 @@ def run_lora(tensors: tuple, tiles) -> None:
     lora_ops.launches.run_expand(h, b, y, 0, False, tiles)
 
 
-@pytest.mark.parametrize("rows", [1, 64, 300, 2000, 9000])
+@pytest.mark.parametrize("rows", [1, 64, 1000, 2000, 9000])
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("layer", LORA)
 def test_lora(compiler, layer, rank, rows):
-    """Batches of tiles of 16 rows, and of 64; with and without planes."""
+    """Batches of tiles of 16 rows, and of 64; planes of chunks of K, of groups of chunks (2000), and none (9000)."""
     with compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
     check(kernels, f"{layer} {rank}")

@@ -17,6 +17,7 @@ import triton.language as tl
 from ops_configs.lora import ExpandConfig
 
 from .launch import Tiles, slice_pointers
+from .shrink import sum_h
 from .tiles import load_tile, select_slice
 
 
@@ -26,28 +27,6 @@ def load_b(b_ptr, columns, ranks, width, RANK: tl.constexpr, EVEN_R: tl.constexp
     if EVEN_R and EVEN_N:
         return tl.load(b_ptr)
     return tl.load(b_ptr, mask=(ranks < RANK)[:, None] & (columns < width)[None, :], other=0.0)
-
-
-@triton.jit
-def sum_h(
-    h_ptr,  # [C, S, M, R]
-    rows,  # [BLOCK_M]
-    live,  # [BLOCK_M]
-    ranks,  # [BLOCK_R]
-    lora_slice,
-    num_rows,
-    RANK: tl.constexpr,
-    SLICES: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """Sum of the planes of h, fp32 [BLOCK_M, BLOCK_R]; zero where the row or the rank is padding."""
-    mask = live[:, None] & (ranks < RANK)[None, :]
-    plane = lora_slice.to(tl.int64) * num_rows
-    total = tl.load(h_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
-    for c in tl.static_range(1, PLANES):
-        plane = (c * SLICES + lora_slice).to(tl.int64) * num_rows
-        total += tl.load(h_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
-    return total
 
 
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
@@ -74,6 +53,7 @@ def expand_kernel(
     B2_SLOT_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
     PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
     ZERO_OTHERS: tl.constexpr,
     TILES: tl.constexpr,
@@ -146,7 +126,8 @@ def expand_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES).to(b0_ptr.dtype.element_ty)
+    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+    h = h.to(b0_ptr.dtype.element_ty)
     for _step in range(STEPS):
         if STEPS > 1:
             b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
@@ -156,7 +137,7 @@ def expand_kernel(
                 acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
         acc = tl.dot(h, b, acc, input_precision="ieee")
         for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
-            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES)
+            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
             b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
             acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
         tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
@@ -174,6 +155,7 @@ def expand(
     add_inputs: bool,
     config: ExpandConfig,
     *,
+    group: int = 1,
     zero_others: bool | None = None,
     pdl: bool = False,
 ) -> None:
@@ -185,6 +167,7 @@ def expand(
         y: [M, *], last dimension contiguous; slices are written side by side from column `offset`.
         tiles: which rows belong to which slot.
         add_inputs: add to y; else write.
+        group: planes that make a group, whose sums are added up: `shrink.planes_of_group`.
         zero_others: zero the rows of slot -1; by default when writing.
         pdl: start before the shrink, which writes h, has finished, and wait for it inside.
     """
@@ -213,6 +196,7 @@ def expand(
         B2_SLOT_STRIDE=slot_strides[2],
         OFFSET=offset,
         PLANES=planes,
+        GROUP=group,
         ADD_INPUTS=add_inputs,
         ZERO_OTHERS=zero_others,
         TILES=tiles.mode,

@@ -3,9 +3,10 @@
 tile of rows with one slot -> chunks of K -> fp32 partial sums
 
 Shapes: x [M, K], A_s [L, R, K], out fp32 [C, S, M, R]. With C = 1 the sum over K is complete. With C > 1 each of the C
-chunks of K is a plane of its own, computed by its own program, and the reader adds the planes up (split-K without
-atomics and without a zero fill). Both ways add the same chunks in the same order, and a row never meets another row's
-values, so a row's bits depend neither on the batch nor on the tile size.
+chunks of K, or groups of chunks, is a plane of its own, computed by its own program, and the reader adds the planes up
+(split-K without atomics and without a zero fill). All ways multiply each chunk's sum by the scale, add the chunks of a
+group in order, then the groups in order, and a row never meets another row's values, so a row's bits depend neither on
+the batch nor on the tile size.
 
 Source: bgmv/sgmv of Punica (Chen et al. 2023, arXiv:2310.18547); S-LoRA (Sheng et al. 2023, arXiv:2311.03285).
 """
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from ops_configs.lora import ShrinkConfig
 
-from ..config import chunk_k
+from ..config import chunk_k, group_chunks
 from .launch import Tiles, slice_pointers
 from .tiles import load_tile, select_slice
 
@@ -56,6 +57,31 @@ def chunk_dot(
     return acc
 
 
+@triton.jit
+def group_dot(
+    x,
+    a,
+    live,
+    in_columns,
+    first,  # chunk of the group
+    scale,
+    K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """scale * x @ A^T over one group of chunks of K, fp32 [BLOCK_M, BLOCK_N]."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for c in range(first, tl.minimum(first + GROUP, (K + CHUNK_K - 1) // CHUNK_K)):
+        part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        # a select, or the compiler would fuse product and sum, and a chunk would have other bits than in its own plane
+        total += tl.where(live[:, None], part * scale, 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows", "scale"])
 def shrink_kernel(
     x_ptr,  # [M, K], rows x_stride apart
@@ -76,6 +102,7 @@ def shrink_kernel(
     A_SLOT_STRIDE: tl.constexpr,
     A_ROW_STRIDE: tl.constexpr,
     CHUNK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PLANES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -83,17 +110,18 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (tiles * C * ceil(S * R / BLOCK_N),), blocks of columns fastest, then chunks and tiles.
+    """Grid: (tiles * C * ceil(S * R / BLOCK_N),), blocks of columns fastest, then planes and tiles.
 
     The ranks of all slices stand side by side as S * R columns, so that a program reads x once for several slices. It
-    owns out[c, :, rows of its tile, :] in its block of columns; with C == 1 it walks all chunks of K itself. Rows of
-    slot -1 become zero with C == 1, and are left alone with more planes, whose reader skips them.
+    owns out[c, :, rows of its tile, :] in its block of columns, and walks all chunks of K of its plane itself: one, a
+    group of GROUP, or with C == 1 all. Rows of slot -1 become zero with C == 1, and are left alone with more planes,
+    whose reader skips them.
     """
     NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
     BLOCKS: tl.constexpr = (SLICES * RANK + BLOCK_N - 1) // BLOCK_N
     EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
     pid = tl.program_id(0)
-    chunk = pid // BLOCKS % PLANES
+    index = pid // BLOCKS % PLANES
     tile = pid // (BLOCKS * PLANES)
     first_column = pid % BLOCKS * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
@@ -105,7 +133,7 @@ def shrink_kernel(
     ranks = columns - lora_slice * RANK
 
     slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
-    plane = ((chunk * SLICES + lora_slice).to(tl.int64) * num_rows) * RANK + ranks
+    plane = ((index * SLICES + lora_slice).to(tl.int64) * num_rows) * RANK + ranks
     out = out_ptr + rows[:, None].to(tl.int64) * RANK + plane[None, :]  # [BLOCK_M, BLOCK_N]
     out_mask = live[:, None] & in_columns[None, :]
     if PDL:  # what ran before is complete, also for the kernel that starts now
@@ -120,15 +148,68 @@ def shrink_kernel(
     x = x_ptr + rows[:, None].to(tl.int64) * x_stride
     a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
     a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
-    if PLANES > 1:
-        total = chunk_dot(x, a, live, in_columns, chunk * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if PLANES == NUM_CHUNKS:
+        total = chunk_dot(x, a, live, in_columns, index * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
         total = total * scale
+    elif PLANES > 1:
+        first = index * GROUP
+        total = group_dot(x, a, live, in_columns, first, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for c in range(NUM_CHUNKS):
-            part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
-            total += part * scale
+        for c in range(0, NUM_CHUNKS, GROUP):
+            total += group_dot(x, a, live, in_columns, c, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     tl.store(out, total, mask=out_mask)
+
+
+@triton.jit
+def load_plane(
+    h_ptr,  # [C, S, M, R]
+    plane,
+    rows,  # [BLOCK_M]
+    mask,  # [BLOCK_M, BLOCK_R]
+    ranks,  # [BLOCK_R]
+    lora_slice,
+    num_rows,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """One plane of h, fp32 [BLOCK_M, BLOCK_R]; zero outside of the mask."""
+    first = (plane * SLICES + lora_slice).to(tl.int64) * num_rows
+    return tl.load(h_ptr + (first + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sum_h(
+    h_ptr,  # [C, S, M, R]
+    rows,  # [BLOCK_M]
+    live,  # [BLOCK_M]
+    ranks,  # [BLOCK_R]
+    lora_slice,
+    num_rows,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Sum of the planes of h, GROUP of them making a group, fp32 [BLOCK_M, BLOCK_R]; zero where the row or the rank is
+    padding."""
+    mask = live[:, None] & (ranks < RANK)[None, :]
+    if GROUP == 1:
+        total = load_plane(h_ptr, 0, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
+        for c in tl.static_range(1, PLANES):
+            total += load_plane(h_ptr, c, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
+    else:  # a loop, or the compiler has more loads under way than registers; of a small tile the first group is not
+        AHEAD: tl.constexpr = GROUP if rows.shape[0] * ranks.shape[0] <= 1024 else 0
+        total = tl.zeros((rows.shape[0], ranks.shape[0]), tl.float32)
+        for c in tl.static_range(AHEAD):
+            total += load_plane(h_ptr, c, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
+        for first in range(AHEAD, PLANES, GROUP):
+            part = load_plane(h_ptr, first, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
+            for c in tl.static_range(1, GROUP):
+                inside = mask & (first + c < PLANES)
+                part += load_plane(h_ptr, first + c, rows, inside, ranks, lora_slice, num_rows, RANK, SLICES)
+            total += part
+    return total
 
 
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
@@ -143,6 +224,7 @@ def sum_planes_kernel(
     RANK: tl.constexpr,
     SLICES: tl.constexpr,
     PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -163,14 +245,18 @@ def sum_planes_kernel(
     mask = live[:, None] & (ranks < RANK)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if slot >= 0:
-        for c in tl.static_range(PLANES):
-            plane = (c * SLICES + lora_slice).to(tl.int64) * num_rows
-            total += tl.load(planes_ptr + (plane + rows)[:, None] * RANK + ranks[None, :], mask=mask, other=0.0)
+        total = sum_h(planes_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
     tl.store(out_ptr + (lora_slice.to(tl.int64) * num_rows + rows)[:, None] * RANK + ranks[None, :], total, mask=mask)
 
 
-def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles) -> None:
-    """out [S, M, R] = sum of planes [C, S, M, R] for the rows of the tiles, in the order in which expand adds them."""
+def planes_of_group(k: int, rank: int, planes: int) -> int:
+    """How many of `planes` planes make a group, for their reader."""
+    return group_chunks(k, rank) if planes == triton.cdiv(k, chunk_k(k)) else 1
+
+
+def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, k: int) -> None:
+    """out [S, M, R] = sum of planes [C, S, M, R], K = k, for the rows of the tiles, in the order in which expand adds
+    them."""
     num_planes, slices, num_rows, rank = planes.shape
     block_r = min(triton.next_power_of_2(rank), 128)
     sum_planes_kernel[(tiles.count * slices * triton.cdiv(rank, block_r),)](
@@ -182,6 +268,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles) -> None:
         RANK=rank,
         SLICES=slices,
         PLANES=num_planes,
+        GROUP=planes_of_group(k, rank, num_planes),
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,
         BLOCK_R=block_r,
@@ -204,7 +291,7 @@ def shrink(
     Args:
         x: [M, K], rows of stride x.stride(0), last dimension contiguous.
         lora_a: S tensors [L, R, K] of equal shape and strides, last dimension contiguous.
-        out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K.
+        out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K or of groups of them.
         tiles: which rows belong to which slot.
         pdl: start before the previous kernel of the stream has finished and wait for it inside, and let the next one do
             the same.
@@ -229,6 +316,7 @@ def shrink(
         A_SLOT_STRIDE=weight.stride(0),
         A_ROW_STRIDE=weight.stride(1),
         CHUNK_K=chunk_k(k),
+        GROUP=group_chunks(k, rank),
         PLANES=planes,
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,

@@ -10,7 +10,7 @@ from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
 from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
 from ops_configs.store import padded
 
-from ..config import PLANES_BATCH
+from ..config import CHUNKS_BATCH, PLANES_BATCH
 from ..plan import tile_rows_for
 from .layers import Layer
 
@@ -79,7 +79,7 @@ def batch_class(rows: int) -> int:
     """The number of rows that stands for all batches whose kernels are compiled alike."""
     if _is_small(rows):
         return 1
-    return PLANES_BATCH if rows <= PLANES_BATCH else PLANES_BATCH + 1
+    return next((most for most in (CHUNKS_BATCH, PLANES_BATCH) if rows <= most), PLANES_BATCH + 1)
 
 
 def _fitting(default, configs: list, most_shared: int) -> list:

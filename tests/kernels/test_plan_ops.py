@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import lora_ops
-from lora_ops import ops, reference
+from lora_ops import launches, ops, reference
+from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
 from lora_ops.plan import plan_args
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
@@ -169,6 +170,36 @@ def test_a_row_does_not_depend_on_its_batch(device, dtype, rank):
         layer.plan.update(layer.slots[rows])
         lora_ops.lora_linear(part, layer.x[rows], layer.lora_a, layer.lora_b, layer.plan)
         assert torch.equal(part, whole[rows]), f"{len(rows)} rows"
+
+
+PLANES = [
+    (64, 8, (1, 1)),
+    (1500, 40, (3, 3)),
+    (2100, 64, (5, 3)),
+    (3900, 32, (8, 8)),
+    (3900, 40, (8, 4)),
+    (9300, 64, (10, 4)),
+]
+
+
+@pytest.mark.parametrize("tokens", [20, 540])
+@pytest.mark.parametrize(("k", "rank", "planes"), PLANES)
+def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens, k, rank, planes):
+    """A plane for each chunk of K, for each group of chunks, or one for all: the same bits, with any scale."""
+    layer = make_layer(Case(tokens, k, (24,), rank, 2, "planes"), dtype, device)
+    found = [launches.num_planes(k, rank, rows) for rows in (1, CHUNKS_BATCH, CHUNKS_BATCH + 1, PLANES_BATCH)]
+    assert found == [planes[0], planes[0], planes[1], planes[1]]
+    assert launches.num_planes(k, rank, PLANES_BATCH + 1) == 1
+    results = []
+    for count in (*planes, 1):
+        monkeypatch.setattr(launches, "num_planes", lambda k, rank, rows, count=count: count)
+        y, h = layer.y.clone(), torch.full((1, tokens, rank), nan, device=device)
+        lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, 0.7)
+        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.7)
+        results.append((y, h))
+    for y, h in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(h, results[0][1])
 
 
 def test_twice_gives_the_same_bits(device, dtype):
