@@ -6,13 +6,15 @@ units -> one process a GPU, which compiles in a pool of further processes while 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import datetime
 import json
 import multiprocessing
 import queue
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -149,6 +151,23 @@ class Steps:
     jobs: Callable[[Any, Any, int], Iterable[tuple]]
     compile: Callable[..., None]
     measure: Callable[..., Iterator[dict]]
+
+
+def write_table(path: Path, columns: Sequence[str], key: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write rows as CSV; a row of a file with these columns stays unless a new one has the same values of `key`."""
+    places = [columns.index(name) for name in key]
+
+    def by_key(rows: Iterable[Sequence]) -> dict[tuple, list[str]]:
+        rows = [[str(value) for value in row] for row in rows]
+        return {tuple(row[place] for place in places): row for row in rows}
+
+    found = by_key(rows)
+    with contextlib.suppress(OSError), path.open(newline="") as file:
+        header, *old = csv.reader(file)
+        if header == list(columns):
+            found = by_key(old) | found
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *found.values()])
 
 
 def most_shared(device: int) -> int:

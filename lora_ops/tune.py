@@ -13,7 +13,6 @@ run the same kernels and use the same entries. A run that was cut short goes on 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -215,24 +214,23 @@ def report(
     console: Console,
 ) -> None:
     """Print and store every case: the analytic default beside what was kept, and their worst ratio."""
-    columns = ("layer", "k", "widths", "rank", "tokens", "default_us", "tuned_us", "gain", "shrink", "expand")
+    names = ("layer", "k", "widths", "rank", "tokens")
+    columns = [*names, "default_us", "tuned_us", "gain", "shrink", "expand", *meta]
     table = Table(*columns[:8], title="Analytic default and tuned", title_justify="left")
-    worst, ratios = (0.0, ""), []
+    worst, ratios, stored = (0.0, ""), [], []
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "tune.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, *meta])
-        for case, result in sorted(verified.items(), key=lambda item: item[0]):
-            default_us, us = decide.final_us(case, result, on)
-            name = args.layers.get(case.layer, "")
-            widths = "+".join(map(str, case.layer.widths))
-            row = [name, case.layer.k, widths, case.rank, case.tokens, f"{default_us:.2f}", f"{us:.2f}"]
-            row.append(f"{default_us / us:.3f}")
-            configs = [json.dumps(tuned[key]) if key in on else "" for key in case.keys]
-            writer.writerow([*row, *configs, *meta.values()])
-            table.add_row(*map(str, row))
-            ratios.append(default_us / us)
-            worst = max(worst, (default_us / us, f"{name} rank {case.rank}, {case.tokens} tokens"))
+    for case, result in sorted(verified.items(), key=lambda item: item[0]):
+        default_us, us = decide.final_us(case, result, on)
+        name = args.layers.get(case.layer, "")
+        widths = "+".join(map(str, case.layer.widths))
+        row = [name, case.layer.k, widths, case.rank, case.tokens, f"{default_us:.2f}", f"{us:.2f}"]
+        row.append(f"{default_us / us:.3f}")
+        configs = [json.dumps(tuned[key]) if key in on else "" for key in case.keys]
+        stored.append([*row, *configs, *meta.values()])
+        table.add_row(*map(str, row))
+        ratios.append(default_us / us)
+        worst = max(worst, (default_us / us, f"{name} rank {case.rank}, {case.tokens} tokens"))
+    tuning.write_table(folder / "tune.csv", columns, names, stored)
     console.print(table)
     mean = statistics.geometric_mean(ratios)
     console.print(

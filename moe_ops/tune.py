@@ -14,8 +14,6 @@ case. A run that was cut short goes on where it stopped (tune_moe.jsonl there).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import itertools
 import json
 import math
@@ -241,28 +239,23 @@ def report(
 ) -> None:
     """Print and store every case: the analytic default beside what was kept; without tuned times the default alone."""
     names = {case_of_unit(unit): args.targets[unit.target] for unit in all_units(args)}
-    columns = ("model", "layer", "hidden", "dtype", "tokens", "default_us", "tuned_us", "gain", "gate_up", "down")
-    header = [*columns, "routing", *meta]
-    table = Table(*columns[:8], title="Analytic default and tuned", title_justify="left")
-    ratios = []
+    case = ("model", "layer", "hidden", "dtype", "block", "tokens")
+    columns = [*case, "default_us", "tuned_us", "gain", "gate_up", "down", "routing", *meta]
+    table = Table(*columns[:9], title="Analytic default and tuned", title_justify="left")
+    ratios, stored = [], []
     folder.mkdir(parents=True, exist_ok=True)
-    path, found = folder / "tune_moe.csv", {}
     for record in sorted(rows, key=lambda record: (record["hidden"], record["layer"], record["tokens"])):
         default_us = record.get("default_us", record["us"])
         keep = "default_us" in record and kept(record)
         us = record["us"] if keep else default_us
-        row = [names[case_of(record)], record["layer"], record["hidden"], record["dtype"], record["tokens"]]
+        block = "x".join(map(str, record["block_shape"] or ()))
+        row = [names[case_of(record)], record["layer"], record["hidden"], record["dtype"], block, record["tokens"]]
         row = [*map(str, row), f"{default_us:.2f}", f"{us:.2f}", f"{default_us / us:.3f}"]
         configs = [json.dumps(record["config"][half]) if keep else "" for half in candidates.HALVES]
-        found[tuple(row[:5])] = [*row, *configs, args.routing, *meta.values()]
+        stored.append([*row, *configs, args.routing, *meta.values()])
         table.add_row(*row)
         ratios.append(default_us / us)
-    with contextlib.suppress(OSError), path.open(newline="") as file:
-        old = list(csv.reader(file))
-        if old and old[0] == header:  # what is not measured now stays
-            found = {tuple(row[:5]): row for row in old[1:]} | found
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *found.values()])
+    tuning.write_table(folder / "tune_moe.csv", columns, (*case, "routing"), stored)
     console.print(table)
     if not args.no_tune:
         console.print(

@@ -562,6 +562,17 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     assert {tokens for _, tokens in moe.read(path).entries} == {1, 16, 64, 4096}
     rows = list(csv.DictReader((tmp_path / "NVIDIA_H200/tune_moe.csv").open()))
     assert sorted(int(row["tokens"]) for row in rows) == [1, 1, 16, 16, 64, 64, 4096, 4096]
+    # scale blocks and routing make another case
+    for more in (["--dtype", "fp8_w8a8"], ["--dtype", "fp8_w8a8", "--block-shape", "128,128"], ["--routing", "zipf"]):
+        assert tune.main([*line[:6], "16", *line[9:], *more]) == 0
+    rows = list(csv.DictReader((tmp_path / "NVIDIA_H200/tune_moe.csv").open()))
+    assert {(row["dtype"], row["block"], row["routing"]) for row in rows if row["tokens"] == "16"} == {
+        ("bfloat16", "", "uniform"),
+        ("fp8_w8a8", "", "uniform"),
+        ("fp8_w8a8", "128x128", "uniform"),
+        ("bfloat16", "", "zipf"),
+    }
+    assert len(rows) == 8 + 3 * 2
 
 
 def test_no_tune_measures_the_default_alone(monkeypatch, tmp_path, capsys):
