@@ -77,7 +77,7 @@ def test_commands_of_server_and_client(tmp_path):
         "--load-format": "dummy",
     }.items():
         assert command[command.index(name) + 1] == value
-    assert "--disable-radix-cache" in command
+    assert {"--disable-radix-cache", "--enforce-disable-flashinfer-allreduce-fusion"} <= set(command)
     assert command[-2:] == ["--log-level", "error"]
     load = st.Load(math.inf, 2.5, 100, 10)
     client = serving_sglang.client_command(tmp_path, 1, st.Traffic(), load, 12, tmp_path / "r.json")
@@ -92,8 +92,8 @@ def test_commands_of_server_and_client(tmp_path):
 def test_sglang_knows_the_options(tmp_path):
     """Every option that is passed stands in its sources: as a literal, or as a field of ServerArgs."""
     server = (SOURCES / "sglang/srt/server_args.py").read_text()
-    for eager in ((), ("--eager",)):
-        command = serving_sglang.server_command(options(*eager), ss.Setting("base"), [], 8.0, True)
+    for more in ((), ("--eager",), ("--tp", "2")):
+        command = serving_sglang.server_command(options(*more), ss.Setting("base"), [], 8.0, True)
         for word in (word for word in command if word.startswith("--")):
             field = word.removeprefix("--").replace("-", "_")
             assert f'"{word}"' in server or re.search(rf"^    {field}: A\[", server, re.MULTILINE), word
