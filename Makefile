@@ -9,7 +9,7 @@ demo:  ## a real vLLM, three adapters, unpatched against patched
 test: lint  ## everything that needs no GPU
 	@scripts/setup_cpu.sh --hosts
 	@echo "kernels, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q tests/kernels
+	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n auto tests/kernels
 	@echo "everything else:"
 	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs tests --ignore=tests/gpu --ignore=tests/kernels
 
