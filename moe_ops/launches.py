@@ -5,7 +5,7 @@ else         plan -> [quantise or permute rows] -> gate_up with activation -> [q
 
 On compute capability 9.0 and later the products, the combine and the later launches of a plan are set up under the tail
 of the launch before them (PDL): every program waits for that launch before it touches any memory, and only then lets
-the next one start; of few tokens, down waits so for gate_up.
+the next one start; of few tokens, down waits so for gate_up before it reads or writes what that reads or writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ops_configs.store import register_kernels
 
 register_kernels("moe_ops", Path(__file__).parent / "kernels")
 
-QUANTISATION = ("quant", "w13_scale", "w2_scale", "a1_scale", "a2_scale", "per_token", "block_shape")
-"""Options of a layer that say how it is quantised."""
+OTHER_QUANTISATIONS = ("quant", "a1_scale", "a2_scale", "per_token")
+"""Options of a layer that `runs_direct` has looked at, or that such a layer does not have."""
 
 
 @functools.cache
@@ -53,11 +53,11 @@ def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, global_experts
 
 
 def run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
-    """The layer, unquantised, choice by choice."""
+    """The layer, unquantised or in block fp8, choice by choice."""
     from .kernels.direct import fused_experts_direct
 
     pdl = _supports_pdl(hidden.device)
-    options = {name: value for name, value in options.items() if name not in QUANTISATION}
+    options = {name: value for name, value in options.items() if name not in OTHER_QUANTISATIONS}
     fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
 
 

@@ -277,6 +277,7 @@ LAYERS = {
     "expert parallel": ((64, *QWEN[1:]), {"expert_map": HALF, "ids_dtype": torch.int64}),
     "gpt-oss": ((32, 4, 2880, 2880), GPT_OSS),
     "fp8 blocks": (DEEPSEEK, FP8_BLOCKS),
+    "fp8 blocks, more steps": ((512, 10, 2048, 512), FP8_BLOCKS | GPT_OSS),
     "fp8 tensor": (MIXTRAL, {"quant": "fp8_w8a8"}),
     "int8 channel and token": (QWEN, INT8_CHANNELS),
     "int8 weights": (QWEN, INT8_WEIGHTS),
@@ -303,6 +304,24 @@ def test_moe_layer(compiler, name):
         assert "cp.async.bulk.tensor" in kernel.ptx, f"{kernel} reads nothing through TMA"
         if kernel.constants["BLOCK_M"] >= 64:
             assert "wgmma" in kernel.ptx, f"{kernel} does not run on the tensor cores of compute capability 9.0"
+
+
+@pytest.mark.parametrize("name", ["qwen", "fp8 blocks", "fp8 blocks, more steps"])
+def test_moe_choice_by_choice(compiler, name):
+    """Weights are read 16 bytes at a time, all of a step before any is used; of fp8 scales, one for each 16 bytes."""
+    sizes, options = LAYERS[name]
+    arguments, options = moe_layer(*sizes, **options)
+    del options["global_experts"]
+    with compiler.kernels() as kernels:
+        moe_ops.launches.run_direct(torch.empty_like(arguments[0]), *arguments, **options)
+    assert {kernel.name for kernel in kernels} == {"gate_up_direct_kernel", "down_direct_kernel"}
+    for kernel in kernels:
+        wide = len(re.findall(r"ld\.global\.v4\.b32", kernel.ptx))
+        assert wide >= kernel.constants["BLOCK_N"]
+        assert not re.search(r"ld\.global\.b8", kernel.ptx), kernel
+    down = next(kernel for kernel in kernels if kernel.name == "down_direct_kernel")
+    before_wait = down.ptx.partition("griddepcontrol.wait")[0]
+    assert ("v4.b32" in before_wait) == bool(options["quant"]), "weights of fp8 are under way before h is there"
 
 
 SMALL = LayerConfig(MoeConfig(16, 32, 128, 4, 3, 1), MoeConfig(16, 32, 128, 4, 3, 1))

@@ -288,6 +288,21 @@ def test_stationary_default_counts_the_steps_that_scale_blocks_leave(block_k):
         assert config.down.stationary == expected
 
 
+def test_which_layers_run_choice_by_choice():
+    """A lone token; few where each expert is probably chosen once; unquantised, or fp8 in blocks that fit a step."""
+    layer = MoeLayer(256, 8, 7168, 256)
+    blocks = replace(layer, quant="fp8_w8a8", block_shape=(128, 128))
+    for each in (layer, blocks, replace(blocks, block_shape=(24, 32))):
+        assert [tokens for tokens in (1, 2, 4, 5, 6, 8) if moe.runs_direct(each, tokens)] == [1, 2, 4]
+        assert moe.runs_direct(replace(each, experts=8), 1)
+        assert not moe.runs_direct(replace(each, experts=8), 2)
+        assert not moe.runs_direct(replace(each, intermediate=8192), 1)
+    for change in ({"block_shape": None}, *({"block_shape": (128, group)} for group in (8, 96, 1024))):
+        assert not moe.runs_direct(replace(blocks, **change), 1)
+    for quant in ("int8_w8a8", "int8_w8a16"):
+        assert not moe.runs_direct(replace(blocks, quant=quant), 1)
+
+
 def test_restrictions_of_quantised_layers():
     narrow = replace(CONFIG, down=replace(CONFIG.down, block_k=16))
     with pytest.raises(ValueError, match="32 of 8-bit"):

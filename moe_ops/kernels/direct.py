@@ -4,10 +4,12 @@ topk_ids -> gate_up: act(w13[expert of choice] @ x[token]) -> down: sum over k o
 
 Shapes: x [M, K], w13 [E, 2N or N, K], h [C, N] in the order of the choices (choice = token * top_k + k), w2 [E, K, N],
 out [M, K]. Products are matrix-vector products in fp32 on CUDA cores: so few rows are bound by reading the weights,
-which each choice does for itself.
+which each choice does for itself. Weights in block fp8 go through chunks.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,12 +17,15 @@ import triton.language as tl
 
 from ops_configs.moe import DIRECT_BLOCK_K
 
+from .chunks import down_of_chunks, gate_up_of_chunks
 from .gate_up import gated, pointwise, split_gate_up
 from .routing import load_experts
 from .tiles import UNALIGNED, bias_operand, row_stride
 
 GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
 """Columns of a program of two warps; measured on an H200."""
+FP8_GATE_UP, FP8_DOWN = (4, 1024), (8, 2048)
+"""Of block fp8: columns of a program, and elements of K that it reads at a step, of all experts together."""
 
 
 @triton.jit
@@ -37,6 +42,7 @@ def gate_up_direct_kernel(
     x_ptr,  # [M, K], rows x_stride apart
     gate_ptr,  # [E, N, K]
     up_ptr,  # as gate; unused when not GATED
+    w_scale,  # of block fp8 w13: (pointer, strides of expert, row and group of K); or None
     gate_bias_ptr,  # [E, N] or None
     up_bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
@@ -56,7 +62,11 @@ def gate_up_direct_kernel(
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -69,20 +79,41 @@ def gate_up_direct_kernel(
     if expert == EXPERTS:
         return
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     live = columns < N
-    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
-    block = expert.to(tl.int64) * expert_stride + columns[:, None].to(tl.int64) * row_stride + ks[None, :]
-    x_pointers = x_ptr + (choice // TOP_K).to(tl.int64) * x_stride + ks
-    gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
-        x = tl.load(x_pointers + k0, mask=ks < K - k0, other=0.0).to(tl.float32)[None, :]
-        gates += x * load_block(gate_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
-        if GATED:
-            ups += x * load_block(up_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
-    gate = tl.sum(gates, 1)
-    up = tl.sum(ups, 1)
+    x_row = x_ptr + (choice // TOP_K).to(tl.int64) * x_stride
+    if w_scale is None:
+        ks = tl.arange(0, BLOCK_K)
+        EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
+        block = expert.to(tl.int64) * expert_stride + columns[:, None].to(tl.int64) * row_stride + ks[None, :]
+        gates = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        ups = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
+            x = tl.load(x_row + ks + k0, mask=ks < K - k0, other=0.0).to(tl.float32)[None, :]
+            gates += x * load_block(gate_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
+            if GATED:
+                ups += x * load_block(up_ptr + block, k0, live, ks, K, BLOCK_K, EVEN)
+        gate = tl.sum(gates, 1)
+        up = tl.sum(ups, 1)
+    else:
+        gate, up = gate_up_of_chunks(
+            x_row,
+            gate_ptr,
+            up_ptr,
+            w_scale,
+            expert,
+            tl.program_id(0) * BLOCK_N,
+            expert_stride,
+            row_stride,
+            N,
+            K,
+            GATED,
+            INTERLEAVED,
+            SCALE_N,
+            SCALE_K,
+            ONE_SCALE,
+            BLOCK_N,
+            BLOCK_K,
+        )
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + choice).to(tl.float32)
         gate *= weight
@@ -103,6 +134,7 @@ def gate_up_direct_kernel(
 def down_direct_kernel(
     h_ptr,  # [C, K]
     w_ptr,  # [E, N, K]
+    w_scale,  # of block fp8 w2: (pointer, strides of expert, row and group of K); or None
     bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
     out_ptr,  # [M, N]
@@ -118,6 +150,10 @@ def down_direct_kernel(
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     GLOBAL_EXPERTS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -128,33 +164,63 @@ def down_direct_kernel(
     """
     token = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     live = columns < N
-    block = columns[:, None].to(tl.int64) * row_stride + ks[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()  # for h
-    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    biases = tl.zeros((BLOCK_N,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        choice = token * TOP_K + k
-        expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
-        here = expert < EXPERTS
-        expert = tl.where(here, expert, 0).to(tl.int64)
-        weight = 1.0
-        if weights_ptr is not None:
-            weight = tl.load(weights_ptr + choice, mask=here, other=0.0).to(tl.float32)
-        w_pointers = w_ptr + expert * expert_stride + block
-        h_pointers = h_ptr + choice.to(tl.int64) * K + ks
-        for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
-            some = ks < tl.where(here, K - k0, 0)
-            h = weight * tl.load(h_pointers + k0, mask=some, other=0.0).to(tl.float32)
-            w = tl.load(w_pointers + k0, mask=live[:, None] & some[None, :], other=0.0)
-            sums += h[None, :] * w.to(tl.float32)
-        if bias_ptr is not None:
-            bias = expert * bias_expert_stride + columns * bias_stride
-            biases += weight * tl.load(bias_ptr + bias, mask=columns < tl.where(here, N, 0), other=0.0).to(tl.float32)
+    if w_scale is None:
+        ks = tl.arange(0, BLOCK_K)
+        block = columns[:, None].to(tl.int64) * row_stride + ks[None, :]
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for h
+        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        biases = tl.zeros((BLOCK_N,), tl.float32)
+        for k in tl.static_range(TOP_K):
+            choice = token * TOP_K + k
+            expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
+            here = expert < EXPERTS
+            expert = tl.where(here, expert, 0).to(tl.int64)
+            weight = 1.0
+            if weights_ptr is not None:
+                weight = tl.load(weights_ptr + choice, mask=here, other=0.0).to(tl.float32)
+            w_pointers = w_ptr + expert * expert_stride + block
+            h_pointers = h_ptr + choice.to(tl.int64) * K + ks
+            for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
+                some = ks < tl.where(here, K - k0, 0)
+                h = weight * tl.load(h_pointers + k0, mask=some, other=0.0).to(tl.float32)
+                w = tl.load(w_pointers + k0, mask=live[:, None] & some[None, :], other=0.0)
+                sums += h[None, :] * w.to(tl.float32)
+            if bias_ptr is not None:
+                bias = bias_ptr + expert * bias_expert_stride + columns * bias_stride
+                biases += weight * tl.load(bias, mask=columns < tl.where(here, N, 0), other=0.0).to(tl.float32)
+        total = tl.sum(sums, 1) + biases
+    else:
+        total = down_of_chunks(
+            h_ptr,
+            w_ptr,
+            w_scale,
+            bias_ptr,
+            weights_ptr,
+            ids_ptr,
+            expert_map_ptr,
+            token,
+            tl.program_id(0) * BLOCK_N,
+            expert_stride,
+            row_stride,
+            bias_expert_stride,
+            bias_stride,
+            N,
+            K,
+            TOP_K,
+            EXPERTS,
+            GLOBAL_EXPERTS,
+            SCALE_N,
+            SCALE_K,
+            ONE_SCALE,
+            BLOCK_T,
+            BLOCK_N,
+            BLOCK_K,
+            PDL,
+        )
     out = out_ptr + token.to(tl.int64) * N + columns
-    tl.store(out, (scaling * (tl.sum(sums, 1) + biases)).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=live)
 
 
 def fused_experts_direct(
@@ -175,10 +241,14 @@ def fused_experts_direct(
     expert_map: torch.Tensor | None,
     apply_router_weight_on_input: bool,
     routed_scaling: float,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+    block_shape: Sequence[int] | None,
     pdl: bool,
 ) -> None:
     """Launch both halves of the layer; arguments as `moe_ops.fused_experts` has them, out [M, H] contiguous.
 
+    block_shape: of fp8 w13 and w2, whose x and h are quantised here; its k is a power of two, 32 at least.
     pdl: down starts under the tail of the first half (compute capability 9.0 and later).
     """
     gate, up = split_gate_up(w13, interleaved) if gated else (w13, w13)
@@ -188,8 +258,12 @@ def fused_experts_direct(
     ids, weights = topk_ids.reshape(-1).contiguous(), topk_weights.reshape(-1).contiguous()
     expert_map = None if expert_map is None else expert_map.contiguous()
     experts, width, inner = w2.shape
+    top_k = topk_ids.shape[1]
+    first = half_constants(width, 1, GATE_UP_COLUMNS, FP8_GATE_UP, block_shape)
+    second = half_constants(inner, triton.next_power_of_2(top_k), DOWN_COLUMNS, FP8_DOWN, block_shape)
+    whole = interleaved or not gated or inner % first["BLOCK_N"] == 0
     constants = {
-        "TOP_K": topk_ids.shape[1],
+        "TOP_K": top_k,
         "EXPERTS": experts,
         "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
         "PDL": pdl,
@@ -197,10 +271,11 @@ def fused_experts_direct(
         "launch_pdl": pdl,
     }
     h = x.new_empty(ids.shape[0], inner)
-    gate_up_direct_kernel[(triton.cdiv(inner, GATE_UP_COLUMNS), ids.shape[0])](
+    gate_up_direct_kernel[(triton.cdiv(inner, first["BLOCK_N"]), ids.shape[0])](
         x,
         gate,
         up,
+        None if block_shape is None else (w13_scale, *w13_scale.stride()),
         gate_bias_ptr,
         up_bias,
         weights if apply_router_weight_on_input else None,
@@ -216,14 +291,16 @@ def fused_experts_direct(
         N=inner,
         K=width,
         GATED=gated,
+        INTERLEAVED=interleaved,
         ACTIVATION=activation,
-        BLOCK_N=GATE_UP_COLUMNS,
-        BLOCK_K=min(DIRECT_BLOCK_K, triton.next_power_of_2(width)),
+        ONE_SCALE=whole and first["SCALE_N"] % (first["BLOCK_N"] * (1 + interleaved)) == 0,
+        **first,
         **constants | {"launch_pdl": False},
     )
-    down_direct_kernel[(triton.cdiv(width, DOWN_COLUMNS), out.shape[0])](
+    down_direct_kernel[(triton.cdiv(width, second["BLOCK_N"]), out.shape[0])](
         h,
         w2,
+        None if block_shape is None else (w2_scale, *w2_scale.stride()),
         bias2_ptr,
         None if apply_router_weight_on_input else weights,
         out,
@@ -235,7 +312,19 @@ def fused_experts_direct(
         *bias2_strides,
         N=width,
         K=inner,
-        BLOCK_N=DOWN_COLUMNS,
-        BLOCK_K=min(DIRECT_BLOCK_K, triton.next_power_of_2(inner)),
+        ONE_SCALE=second["SCALE_N"] % second["BLOCK_N"] == 0,
+        BLOCK_T=triton.next_power_of_2(top_k),
+        **second,
         **constants,
     )
+
+
+def half_constants(
+    k: int, experts: int, columns: int, fp8: tuple[int, int], block_shape: Sequence[int] | None
+) -> dict[str, int]:
+    """Blocks of a program that reads k columns of so many experts together; columns: unquantised, fp8: else."""
+    block_k = triton.next_power_of_2(k)
+    if block_shape is None:
+        return {"SCALE_N": 1, "SCALE_K": 1, "BLOCK_N": columns, "BLOCK_K": min(DIRECT_BLOCK_K, block_k)}
+    (columns, elements), (bn, bk) = fp8, block_shape
+    return {"SCALE_N": bn, "SCALE_K": bk, "BLOCK_N": columns, "BLOCK_K": max(min(elements // experts, block_k), bk)}

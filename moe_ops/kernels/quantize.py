@@ -32,11 +32,11 @@ def scale_of(absmax, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def quantized(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
-    """fp32 x / scale as DTYPE, to nearest even, saturated.
+def rounded(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """fp32 x / scale to nearest even of the values of DTYPE, saturated, as fp32.
 
     Adding and taking away 1.5 * 2^23 steps rounds to a multiple of a step: 1 for int8, for e4m3 an eighth of the power
-    of two below, at least 2^-9. The conversion that follows is exact on every backend.
+    of two below, at least 2^-9.
     """
     one = tl.full((), 1.0, tl.float32)
     if DTYPE.is_int8():
@@ -47,7 +47,13 @@ def quantized(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(power, 0.015625) * 0.125
     shift = step * 12582912.0
-    return ((x + shift) - shift).to(DTYPE)
+    return (x + shift) - shift
+
+
+@triton.jit
+def quantized(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """`rounded` as DTYPE: the conversion is exact on every backend."""
+    return rounded(x, scale, LIMIT, DTYPE).to(DTYPE)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)

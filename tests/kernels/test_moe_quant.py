@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import moe_ops
-from moe_ops import ops, reference
+from moe_ops import launches, ops, reference
 from moe_ops.kernels import grouped_gemm as grouped_gemm_module
+from moe_ops.kernels.chunks import load_x_chunks, quantized_chunks
 from moe_ops.kernels.gate_up import gate_up
 from moe_ops.kernels.grouped_gemm import grouped_gemm
 from moe_ops.kernels.quantize import group_scales
@@ -113,6 +116,7 @@ def test_schemes(scheme, case, dtype, device, poisoned):  # noqa: F811
 CASES = [
     Case("one token", tokens=1, top_k=1),
     Case("no tokens", tokens=0),
+    Case("two tokens, with a plan", tokens=2, left_out=0.3),
     Case("rows that TMA does not take", hidden=37, inner=21),
     Case("experts without tokens", tokens=3, experts=60, top_k=4),
     Case("all tokens on one expert", tokens=90, experts=9, top_k=1, one_expert=True),
@@ -131,6 +135,85 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, scheme, device, poisoned):  # noqa: F811
     check(make_quantised(case, scheme, torch.float16 if device == "cpu" else torch.bfloat16, device), device)
+
+
+DIRECT_CASES = [
+    Case("one token", tokens=1),
+    Case("one expert of one", tokens=1, experts=1, top_k=1, hidden=37, inner=21),
+    Case("top 8, two steps of the first half", tokens=1, experts=11, top_k=8, hidden=1100, inner=12, bias=True),
+    Case("top 10, two steps of the second half", tokens=1, experts=12, top_k=10, hidden=37, inner=140, left_out=0.7),
+    Case("two tokens, ids of -1", tokens=2, experts=40, top_k=3, bias=True, left_out=0.5),
+    Case("nothing is here", tokens=1, left_out=1.0),
+    Case("interleaved", tokens=1, top_k=3, inner=70, bias=True, options=SWIGLU | {"interleaved": True}),
+    Case("four tokens, ungated", tokens=4, experts=48, bias=True, options={"gated": False, "activation": "relu2"}),
+    Case("weight on the input", tokens=2, experts=25, options={"apply_router_weight_on_input": True}),
+    Case("routed scaling", tokens=1, hidden=260, inner=136, options={"routed_scaling": 2.5, "activation": "gelu"}),
+]
+
+
+def watch_direct(monkeypatch) -> list[int]:
+    """Tokens of the batches that run choice by choice from now on."""
+    ran, run_direct = [], launches.run_direct
+
+    def watched(out, *args, **options):
+        ran.append(out.shape[0])
+        run_direct(out, *args, **options)
+
+    monkeypatch.setattr(launches, "run_direct", watched)
+    return ran
+
+
+@pytest.mark.parametrize("block_shape", [(32, 32), (3, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("case", DIRECT_CASES, ids=str)
+def test_blocks_of_few_tokens(monkeypatch, case, block_shape, dtype, device, poisoned):  # noqa: F811
+    """Choice by choice: columns of a program under one scale or several, chunks of one step or more."""
+    ran = watch_direct(monkeypatch)
+    check(quantised(make_layer(case, dtype, device), "fp8_w8a8", block_shape), device)
+    assert ran == [case.tokens]
+
+
+@pytest.mark.parametrize("block_shape", [(32, 32), (128, 128)], ids=str)
+def test_blocks_of_few_tokens_and_an_expert_map(monkeypatch, block_shape, dtype, device, poisoned):  # noqa: F811
+    ran = watch_direct(monkeypatch)
+    layer = quantised(make_layer(Case("", tokens=2, experts=40, top_k=3), dtype, device), "fp8_w8a8", block_shape)
+    layer["expert_map"] = torch.arange(40, dtype=torch.int32, device=device).roll(7) - 9
+    check(layer | {"expert_map": layer["expert_map"].clamp(min=-1)}, device)
+    scales = {name: layer[name].mT.contiguous().mT for name in ("w13_scale", "w2_scale")}
+    check(layer | scales | {"expert_map": None}, device)
+    assert ran == [2, 2]
+
+
+@pytest.mark.parametrize("change", [{"quant": "int8_w8a8"}, {"block_shape": (32, 96)}, {"block_shape": None}], ids=str)
+def test_other_quantisations_of_one_token_have_a_plan(monkeypatch, change, device, poisoned):  # noqa: F811
+    ran = watch_direct(monkeypatch)
+    scheme = {"quant": "fp8_w8a8", "block_shape": (32, 32)} | change
+    check(quantised(make_layer(Case("", tokens=1), torch.float16, device), **scheme), device)
+    assert ran == []
+
+
+@triton.jit
+def chunks_kernel(
+    x_ptr, q_ptr, scale_ptr, x_stride, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
+):
+    """Rows in chunks, quantised: q and the scale of each chunk."""
+    rows = tl.arange(0, ROWS)
+    q, scale = quantized_chunks(load_x_chunks(x_ptr + rows * x_stride, rows >= 0, 0, K, BLOCK_K), GROUP)
+    chunks = tl.arange(0, BLOCK_K // 16)
+    elements = rows[None, :, None] * BLOCK_K + chunks[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
+    tl.store(q_ptr + elements, q)
+    tl.store(scale_ptr + rows[None, :] * (BLOCK_K // 16) + chunks[:, None], scale)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(256, 128), (201, 32), (70, 64)])
+def test_chunks_are_quantised_as_by_the_reference(columns, group, dtype, device):
+    """Bit for bit."""
+    block, x = triton.next_power_of_2(columns), wide(8, columns, dtype, device)
+    q, scale = torch.full((8, block), nan, device=device), torch.full((8, block // 16), nan, device=device)
+    chunks_kernel[(1,)](x, q, scale, x.stride(0), columns, 8, block, group)
+    expected, expected_scale = quantize(x, "fp8_w8a8", group=group)
+    assert torch.equal(q[:, :columns], expected.float())
+    groups = expected_scale.shape[1]
+    assert torch.equal(scale[:, :: group // 16][:, :groups], expected_scale)
 
 
 def test_ranks_of_expert_parallel_sum_to_the_layer(device, poisoned):  # noqa: F811

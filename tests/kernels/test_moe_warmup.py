@@ -34,13 +34,22 @@ def test_runs_each_launch_parameters_once(layer, monkeypatch):
         ran.append(args[6])
         return run_planned(*args, **options)
 
+    direct, run_direct = [], launches.run_direct
+
+    def watched_direct(out, *args, **options):
+        direct.append(options["block_shape"])
+        return run_direct(out, *args, **options)
+
     monkeypatch.setattr(launches, "run_planned", watched)
+    monkeypatch.setattr(launches, "run_direct", watched_direct)
     options = {**moe_ops.fused_experts.__kwdefaults__, **layer}
     del options["out"]
     tensors = [options.pop(name) for name in ("hidden", "w13", "w2", "topk_weights", "topk_ids")]
     for position in (0, 3, 4):
         tensors[position] = tensors[position][:1]
     launches.compile_layer(*tensors, **options)
+    taken = options["quant"] is None or (options["quant"] == "fp8_w8a8" and options["block_shape"] is not None)
+    assert direct == ([options["block_shape"]] if taken else [])
     assert len(ran) == len(set(ran)) >= 2
     assert {config.gate_up.block_m for config in ran} >= {16, 64}
 
