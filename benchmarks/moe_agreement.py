@@ -8,8 +8,8 @@
 
 Each variant runs in a process of its own, whose results are saved in DIR as JSON: `base` is the host on its Triton
 experts, `patched` runs with MOE_OPS_VLLM=1 or MOE_OPS_SGLANG=1, `reference` is transformers in fp32 on the first
-requests. `--compare` reads what is saved; it can be a command of its own. Measured are ms per decode step at 1, 16, 64
-and 256 requests, and prefill tokens/s. CUDA graphs are on unless --eager.
+requests. `--compare` reads what is saved, and writes what it finds of the answers as CSV beside it. Measured are ms per
+decode step at 1, 16, 64 and 256 requests, and prefill tokens/s. CUDA graphs are on unless --eager.
 
 Dummy weights, the hosts' own random numbers, are good for speed alone: requests of random tokens reach all experts, but
 weights of 1e-3 leave nothing of the experts in the log-probs. With --load-format safetensors weights are written that
@@ -28,6 +28,7 @@ Exit status: 0 if every comparison holds, 1 if not.
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import json
 import random
@@ -38,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 from vllm_agreement import (
@@ -388,7 +390,9 @@ def compare_results(options: argparse.Namespace) -> int:
         table = Table(title=f"{label(options)}: prefill log-probs along the same prefix", title_justify="left")
         for column in ("what", "positions", "rms", "limit", "largest", "same best token"):
             table.add_column(column, justify="left" if column == "what" else "right")
-        for what, found, limit in differences(*answers, reference):
+        rows = list(differences(*answers, reference))
+        write_csv(options, results, rows)
+        for what, found, limit in rows:
             holds = limit is None or found.rms <= limit
             numbers = (str(found.positions), f"{found.rms:.1e}", f"{limit:.1e}" if limit else "")
             table.add_row(what, *numbers, f"{found.largest:.1e}", f"{found.same_best:.1%}")
@@ -426,6 +430,21 @@ def compare_results(options: argparse.Namespace) -> int:
         console.print(f"[red]{escape(fault)}[/]")
     console.print("[green]nothing is wrong[/]" if not found_faults else f"[red]{len(found_faults)} faults[/]")
     return len(found_faults)
+
+
+def write_csv(options: argparse.Namespace, results: dict[str, dict], rows: list[tuple]) -> None:
+    """The table of the answers; `limit` is that of the rms."""
+    columns = (
+        "host model layers tp expert_parallel what positions rms limit largest same_best gpu version torch commit date"
+    )
+    setting = [options.host, options.model, shape_of(options).layers, options.tp, int(options.expert_parallel)]
+    about = [results["patched"][name] for name in ("gpu", "version", "torch", "commit", "date")]
+    with (options.out / f"{label(options)}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns.split())
+        for what, found, limit in rows:
+            numbers = [f"{value:.4g}" for value in (found.rms, limit or nan, found.largest, found.same_best)]
+            writer.writerow([*setting, what, found.positions, *numbers, *about])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,8 +63,6 @@ def server_command(
     command += ["--attention-backend", options.attention_backend, "--moe-runner-backend", "triton"]
     command += ["--disable-radix-cache", "--tp-size", str(options.tp)]
     command += ["--max-running-requests", at_once, "--mem-fraction-static", str(options.memory)]
-    if options.tp > 1:  # it reaches for NVLink multicast, which not every host allows, and compiles for minutes
-        command += ["--enforce-disable-flashinfer-allreduce-fusion"]
     command += ["--disable-cuda-graph"] if options.eager else ["--cuda-graph-max-bs-decode", at_once]
     return command + shlex.split(options.server_args)
 
@@ -95,6 +93,7 @@ SGLANG_HOST = serving_vllm.Host(
     server_command,
     environment,
     client_command,
+    client_needs=("datasets",),
 )
 
 

@@ -89,7 +89,8 @@ TIME_RAN_OUT = 3
 class Host:
     """What differs between the engines that are served; the functions take what vLLM's below take.
 
-    distributions: names that it is installed under. plugins: its entry point group.
+    distributions: names that it is installed under. plugins: its entry point group. client_needs: packages that its
+    client imports, and that it may be installed without.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Host:
     server_command: Callable[[argparse.Namespace, Setting, list[str], float, bool], list[str]]
     environment: Callable[[argparse.Namespace, str], dict[str, str]]
     client_command: Callable[[Path, int, Traffic, Load, int, Path], list[str]]
+    client_needs: tuple[str, ...] = ()
 
 
 class OutOfTime(Exception):
@@ -221,24 +223,27 @@ def look_at_machine(commit: str | None, host: Host, plugin: str) -> Machine:
     """Asked of another process, so that this one holds no GPU memory while servers run.
 
     Raises:
-        SystemExit: the host is missing, or this project's entry point of that name for it.
+        SystemExit: the host is missing, what its client needs, or this project's entry point of that name for it.
     """
     ask = (
-        "import json, importlib.metadata as m, ops_speed, torch, triton\n"
+        "import json, importlib.metadata as m, importlib.util, ops_speed, torch, triton\n"
         "names = {d.metadata['Name'] for d in m.distributions()}\n"
         f"host = next((m.version(n) for n in {host.distributions!r} if n in names), None)\n"
         f"plugins = [e.name for e in m.entry_points(group={host.plugins!r})]\n"
+        f"missing = [name for name in {host.client_needs!r} if importlib.util.find_spec(name) is None]\n"
         "print(json.dumps([ops_speed.GPU or 'CPU', ops_speed.git_commit(), host, torch.__version__,"
-        " triton.__version__, plugins]))"
+        " triton.__version__, plugins, missing]))"
     )
     python_path = filter(None, (str(RESULTS.parent), os.environ.get("PYTHONPATH")))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(python_path)}
     done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"cannot look at this machine: {done.stderr}")
-    gpu, git, version, torch_version, triton_version, plugins = json.loads(done.stdout.splitlines()[-1])
+    gpu, git, version, torch_version, triton_version, plugins, missing = json.loads(done.stdout.splitlines()[-1])
     if version is None:
         raise SystemExit(f"{sys.executable} has no {host.name}: install it there, or use the Python of its environment")
+    if missing:
+        raise SystemExit(f"{host.client} cannot be imported: pip install {' '.join(missing)}")
     if plugin not in plugins:
         raise SystemExit(
             f"this project's plugin {plugin} for {host.name} is not installed, so worker processes would stay "

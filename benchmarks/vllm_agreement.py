@@ -395,6 +395,7 @@ def environment(variant: str, options: argparse.Namespace, switch: str = "LORA_O
         env[switch] = "1"
     if options.tp > 1:
         env |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_NVLS_ENABLE": "0"}
+        env["SGLANG_IS_FLASHINFER_AVAILABLE"] = "0"  # its all-reduce would be compiled for minutes, told not to or not
     return env | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc sends `look_inside` by pickle

@@ -1,6 +1,7 @@
 """benchmarks/moe_agreement.py: what counts as agreement, and what it asks of SGLang."""
 
 import copy
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -107,6 +108,11 @@ def test_the_reference_is_the_yardstick_of_a_base_that_never_changes_its_mind(tm
     found, output = verdict(results)
     assert found == status, output
     assert "patched against fp32" in output
+    rows = list(csv.DictReader((tmp_path / f"{ma.label(options)}.csv").open()))
+    against = {row["what"]: float(row["rms"]) for row in rows}
+    assert against["base against fp32"] == pytest.approx(0.02, rel=0.1)
+    assert against["patched against fp32"] == pytest.approx(error, rel=0.1)
+    assert {row["host"] for row in rows} == {"sglang"}
 
 
 def test_dummy_weights_are_timed_alone(results, verdict):
