@@ -92,7 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=580, help="seconds for one engine")
     add("--commit", default="unknown", help="commit to write into the results")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if "reference" in options.variant and options.load_format == "dummy":
+        parser.error("the reference needs weights: give --load-format safetensors")
+    return options
 
 
 def shape_of(options: argparse.Namespace):
@@ -282,6 +285,7 @@ def run_engine(options: argparse.Namespace) -> dict:
         "faults": faults(options.process, processes, options.tp, watched),
         "counters": [process[watched.key]["counters"] for process in processes],
         "ready_s": ready_s,
+        "engine_args": options.engine_args,
         "version": engine.version,
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -380,6 +384,8 @@ def compare_results(options: argparse.Namespace) -> int:
     if missing := [str(file) for file in files.values() if not file.exists()]:
         raise SystemExit(f"missing: {', '.join(missing)}; run with --variant first")
     results = {name: json.loads(file.read_text()) for name, file in files.items()}
+    if results["base"].get("engine_args") != results["patched"].get("engine_args"):
+        raise SystemExit(f"base and patched ran with different --engine-args: run both again, or see {files['base']}")
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     found_faults = [fault for result in results.values() for fault in result["faults"]]
 

@@ -41,8 +41,9 @@ DIRECT_TOKENS, DIRECT_EXPERTS = 4, 6
 token: where choices share an expert, a tile reads it once. Measured on an H200."""
 DIRECT_BLOCK_K, DIRECT_STEPS = 512, 64
 """Elements of K that such a program reads at a time, and such steps over all experts of a token, at most."""
-DIRECT_CHUNK, DIRECT_GROUP = 16, 512
-"""Elements of K that share an fp8 scale in such a program, at least (what a thread reads at once) and at most."""
+DIRECT_CHUNK, DIRECT_ELEMENTS = 16, 2048
+"""Elements of K that share an fp8 scale in such a program, at least: what a thread reads at once; and at most, of all
+experts of a token together: more do not fit its registers."""
 STATIONARY_STEPS = 4
 """Blocks of K that a stationary program keeps, at most."""
 TMA_STORE_ROWS = 1024
@@ -213,7 +214,7 @@ def runs_direct(layer: MoeLayer, tokens: int) -> bool:
 def _direct_blocks(layer: MoeLayer) -> bool:
     """Whether a quantised layer may run choice by choice: in fp8 blocks, of which a step of K has whole groups."""
     group = layer.block_shape[1] if layer.quant == "fp8_w8a8" and layer.block_shape else 0
-    return DIRECT_CHUNK <= group <= DIRECT_GROUP and group & (group - 1) == 0
+    return DIRECT_CHUNK <= group <= DIRECT_ELEMENTS // padded(layer.top_k) and group & (group - 1) == 0
 
 
 def shared_memory(config: MoeConfig, products: int, itemsize: int, k: int) -> int:

@@ -163,11 +163,13 @@ def write_table(path: Path, columns: Sequence[str], key: Sequence[str], rows: It
 
     found = by_key(rows)
     with contextlib.suppress(OSError), path.open(newline="") as file:
-        header, *old = csv.reader(file)
+        header, *old = [*csv.reader(file)] or [[]]
         if header == list(columns):
-            found = by_key(old) | found
-    with path.open("w", newline="") as file:
+            found = by_key(row for row in old if len(row) == len(columns)) | found
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *found.values()])
+    unfinished.replace(path)
 
 
 def most_shared(device: int) -> int:

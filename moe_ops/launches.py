@@ -5,7 +5,7 @@ else         plan -> [quantise or permute rows] -> gate_up with activation -> [q
 
 On compute capability 9.0 and later the products, the combine and the later launches of a plan are set up under the tail
 of the launch before them (PDL): every program waits for that launch before it touches any memory, and only then lets
-the next one start; of few tokens, down waits so for gate_up before it reads or writes what that reads or writes.
+the next one start; of few tokens, down waits so for gate_up before it reads h and writes out.
 """
 
 from __future__ import annotations

@@ -278,6 +278,7 @@ LAYERS = {
     "gpt-oss": ((32, 4, 2880, 2880), GPT_OSS),
     "fp8 blocks": (DEEPSEEK, FP8_BLOCKS),
     "fp8 blocks, more steps": ((512, 10, 2048, 512), FP8_BLOCKS | GPT_OSS),
+    "fp8 blocks, most experts": ((64, 16, 2048, 512), FP8_BLOCKS),
     "fp8 tensor": (MIXTRAL, {"quant": "fp8_w8a8"}),
     "int8 channel and token": (QWEN, INT8_CHANNELS),
     "int8 weights": (QWEN, INT8_WEIGHTS),
@@ -306,7 +307,7 @@ def test_moe_layer(compiler, name):
             assert "wgmma" in kernel.ptx, f"{kernel} does not run on the tensor cores of compute capability 9.0"
 
 
-@pytest.mark.parametrize("name", ["qwen", "fp8 blocks", "fp8 blocks, more steps"])
+@pytest.mark.parametrize("name", ["qwen", "fp8 blocks", "fp8 blocks, more steps", "fp8 blocks, most experts"])
 def test_moe_choice_by_choice(compiler, name):
     """Weights are read 16 bytes at a time, all of a step before any is used; of fp8 scales, one for each 16 bytes."""
     sizes, options = LAYERS[name]

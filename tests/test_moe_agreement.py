@@ -124,6 +124,18 @@ def test_dummy_weights_are_timed_alone(results, verdict):
     assert "ms per decode step" in output
 
 
+def test_engines_of_different_arguments_are_not_compared(results, verdict):
+    results["patched"]["engine_args"] = {"dtype": "float16"}
+    with pytest.raises(SystemExit, match="different --engine-args"):
+        verdict(results)
+
+
+def test_the_reference_needs_weights(capsys):
+    with pytest.raises(SystemExit):
+        ma.parse(["--host", "vllm", "--out", ".", "--variant", "reference"])
+    assert "give --load-format safetensors" in capsys.readouterr().err
+
+
 def test_missing_results_are_named(tmp_path):
     with pytest.raises(SystemExit, match=r"_base\.json"):
         ma.main(["--host", "vllm", "--out", str(tmp_path), "--compare"])

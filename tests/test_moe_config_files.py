@@ -297,10 +297,12 @@ def test_which_layers_run_choice_by_choice():
         assert moe.runs_direct(replace(each, experts=8), 1)
         assert not moe.runs_direct(replace(each, experts=8), 2)
         assert not moe.runs_direct(replace(each, intermediate=8192), 1)
-    for change in ({"block_shape": None}, *({"block_shape": (128, group)} for group in (8, 96, 1024))):
+    for change in ({"block_shape": None}, *({"block_shape": (128, group)} for group in (8, 96, 256))):
         assert not moe.runs_direct(replace(blocks, **change), 1)
     for quant in ("int8_w8a8", "int8_w8a16"):
         assert not moe.runs_direct(replace(blocks, quant=quant), 1)
+    assert moe.runs_direct(replace(blocks, top_k=16), 1)
+    assert not moe.runs_direct(replace(blocks, top_k=17), 1)  # its second half would keep too much in registers
 
 
 def test_restrictions_of_quantised_layers():

@@ -245,7 +245,7 @@ def sum_planes_kernel(
     mask = live[:, None] & (ranks < RANK)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if slot >= 0:
-        total = sum_h(planes_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+        total += sum_h(planes_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
     tl.store(out_ptr + (lora_slice.to(tl.int64) * num_rows + rows)[:, None] * RANK + ranks[None, :], total, mask=mask)
 
 

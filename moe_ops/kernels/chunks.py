@@ -15,7 +15,7 @@ import triton.language as tl
 from ops_configs.moe import DIRECT_CHUNK
 
 from ..reference import LIMITS
-from .quantize import rounded, scale_of
+from .quantize import magnitude, rounded, scale_of
 from .routing import load_experts
 
 CHUNK = tl.constexpr(DIRECT_CHUNK)
@@ -39,10 +39,9 @@ def quantized_chunks(x, GROUP: tl.constexpr):
     """What `quantize` makes of chunks [C, T, CHUNK], of groups of GROUP columns: fp32 values, and scales [C, T]."""
     C: tl.constexpr = x.shape[0]
     T: tl.constexpr = x.shape[1]
-    x = x.to(tl.float32)
-    absmax = tl.max(tl.abs(x), 2).reshape(C * CHUNK // GROUP, GROUP // CHUNK, T)
+    absmax = tl.max(magnitude(x), 2).reshape(C * CHUNK // GROUP, GROUP // CHUNK, T)
     scale = tl.broadcast_to(scale_of(tl.max(absmax, 1), FP8_LIMIT)[:, None, :], absmax.shape).reshape(C, T)
-    return rounded(x, scale[:, :, None], FP8_LIMIT, tl.float8e4nv), scale
+    return rounded(x.to(tl.float32), scale[:, :, None], FP8_LIMIT, tl.float8e4nv), scale
 
 
 @triton.jit
@@ -156,7 +155,7 @@ def down_of_chunks(
 ):
     """Weighted sum [BLOCK_N] over the experts of a token, whose weights are block fp8; BLOCK_T: TOP_K, padded.
 
-    Nothing but h depends on the launch before: the first weights are read before that has ended.
+    Only h, and out where it is hidden, depends on the launch before: the first weights are read before that has ended.
     """
     ks = tl.arange(0, BLOCK_T)
     columns = column + tl.arange(0, BLOCK_N)[None, :]

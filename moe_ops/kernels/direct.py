@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops_configs.moe import DIRECT_BLOCK_K
+from ops_configs.moe import DIRECT_BLOCK_K, DIRECT_ELEMENTS
 
 from .chunks import down_of_chunks, gate_up_of_chunks
 from .gate_up import gated, pointwise, split_gate_up
@@ -24,7 +24,7 @@ from .tiles import UNALIGNED, bias_operand, row_stride
 
 GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
 """Columns of a program of two warps; measured on an H200."""
-FP8_GATE_UP, FP8_DOWN = (4, 1024), (8, 2048)
+FP8_GATE_UP, FP8_DOWN = (4, 1024), (8, DIRECT_ELEMENTS)
 """Of block fp8: columns of a program, and elements of K that it reads at a step, of all experts together."""
 
 

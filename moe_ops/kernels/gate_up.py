@@ -20,7 +20,7 @@ from ops_configs.moe import MoeConfig
 
 from ..reference import LIMITS
 from ..routing import RoutingPlan
-from .quantize import quantized, scale_of
+from .quantize import magnitude, quantized, scale_of
 from .tiles import (
     UNALIGNED,
     add_product,
@@ -193,7 +193,7 @@ def gate_up_tile(
     if out_scale_ptr is not None:  # columns from N on are zero: they count in no scale
         h = h.to(ROUND_TO).to(tl.float32)
         grouped = tl.reshape(h, BLOCK_M, BLOCK_N // OUT_GROUP, OUT_GROUP)
-        out_scale = scale_of(tl.max(tl.abs(grouped), 2), OUT_LIMIT)
+        out_scale = scale_of(tl.max(magnitude(grouped), 2), OUT_LIMIT)
         grouped = quantized(grouped, out_scale[:, :, None], OUT_LIMIT, out.dtype.element_ty)
         h = tl.reshape(grouped, BLOCK_M, BLOCK_N)
         groups = column // OUT_GROUP + tl.arange(0, BLOCK_N // OUT_GROUP)

@@ -26,6 +26,13 @@ FLOOR = tl.constexpr(SMALLEST_ABSMAX)
 
 
 @triton.jit
+def magnitude(x):
+    """|x| in fp32; NaN counts as infinite, so that a scale says that its values are none."""
+    x = x.to(tl.float32)
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
 def scale_of(absmax, LIMIT: tl.constexpr):
     """Scale that takes the largest magnitude to LIMIT."""
     return tl.div_rn(tl.maximum(absmax, FLOOR), tl.full((), LIMIT, tl.float32))
@@ -33,7 +40,7 @@ def scale_of(absmax, LIMIT: tl.constexpr):
 
 @triton.jit
 def rounded(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
-    """fp32 x / scale to nearest even of the values of DTYPE, saturated, as fp32.
+    """fp32 x / scale to nearest even of the values of DTYPE, saturated, as fp32; NaN stays NaN in fp8.
 
     Adding and taking away 1.5 * 2^23 steps rounds to a multiple of a step: 1 for int8, for e4m3 an eighth of the power
     of two below, at least 2^-9.
@@ -43,7 +50,8 @@ def rounded(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
         x = tl.minimum(tl.maximum(x * tl.div_rn(one, scale), -LIMIT - 1), LIMIT)
         step = one
     else:
-        x = tl.minimum(tl.maximum(x * tl.div_rn(one, scale), -LIMIT), LIMIT)
+        x = tl.maximum(x * tl.div_rn(one, scale), -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(power, 0.015625) * 0.125
     shift = step * 12582912.0
@@ -83,7 +91,7 @@ def quantize_groups_kernel(
     if BLOCK != GROUP:
         mask &= (offsets < GROUP)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(x), 1), LIMIT)
+    scale = scale_of(tl.max(magnitude(x), 1), LIMIT)
     scale_pointers = scale_ptr + row.to(tl.int64) * scale_row_stride + groups * scale_group_stride
     tl.store(scale_pointers, scale, mask=groups * GROUP < K)
     q = quantized(x, scale[:, None], LIMIT, q_ptr.dtype.element_ty)
@@ -108,7 +116,7 @@ def absmax_kernel(
         for k0 in range(0, K, BLOCK):
             columns = k0 + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * x_stride + columns, mask=columns < K, other=0.0)
-            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+            largest = tl.maximum(largest, magnitude(x))
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, 0))
 
 

@@ -20,7 +20,7 @@ from ops_patches import counters, library
 from .cases import UNIT_ROUNDOFF, assert_close
 from .test_moe_ops import FP32, SWIGLU, Case, in_fp32, make_layer, poisoned  # noqa: F401  (a fixture)
 
-nan = float("nan")
+inf, nan = float("inf"), float("nan")
 ACTIVATION_QUANTS = ("fp8_w8a8", "int8_w8a8")
 
 
@@ -214,6 +214,18 @@ def test_chunks_are_quantised_as_by_the_reference(columns, group, dtype, device)
     assert torch.equal(q[:, :columns], expected.float())
     groups = expected_scale.shape[1]
     assert torch.equal(scale[:, :: group // 16][:, :groups], expected_scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 3], ids=["choice by choice where it may", "with a plan"])
+@pytest.mark.parametrize("value", [inf, nan], ids=str)
+@pytest.mark.parametrize("scheme", [name for name, options in SCHEMES.items() if "static" not in options])
+def test_a_value_that_is_no_number_stays_none(scheme, value, tokens, device, poisoned):  # noqa: F811
+    """What overflowed must not come out as a number; the other tokens' rows do not know."""
+    layer = make_quantised(Case("", tokens=tokens, hidden=70), scheme, torch.float16, device)
+    layer["hidden"][0, 3] = value
+    ours = moe_ops.fused_experts(**layer)
+    assert not ours[0].isfinite().any()
+    assert ours[1:].isfinite().all() or scheme.endswith("8 tensor")
 
 
 def test_ranks_of_expert_parallel_sum_to_the_layer(device, poisoned):  # noqa: F811

@@ -185,8 +185,9 @@ PLANES = [
 @pytest.mark.parametrize("tokens", [20, 540])
 @pytest.mark.parametrize(("k", "rank", "planes"), PLANES)
 def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens, k, rank, planes):
-    """A plane for each chunk of K, for each group of chunks, or one for all: the same bits, with any scale."""
+    """A plane for each chunk of K, for each group of chunks, or one for all: the same bits, signs of zeros too."""
     layer = make_layer(Case(tokens, k, (24,), rank, 2, "planes"), dtype, device)
+    layer.x[::3] = 0
     found = [launches.num_planes(k, rank, rows) for rows in (1, CHUNKS_BATCH, CHUNKS_BATCH + 1, PLANES_BATCH)]
     assert found == [planes[0], planes[0], planes[1], planes[1]]
     assert launches.num_planes(k, rank, PLANES_BATCH + 1) == 1
@@ -194,9 +195,9 @@ def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens
     for count in (*planes, 1):
         monkeypatch.setattr(launches, "num_planes", lambda k, rank, rows, count=count: count)
         y, h = layer.y.clone(), torch.full((1, tokens, rank), nan, device=device)
-        lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, 0.7)
-        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.7)
-        results.append((y, h))
+        lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, -0.7)
+        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, -0.7)
+        results.append((y, h.view(torch.int32)))
     for y, h in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(h, results[0][1])
