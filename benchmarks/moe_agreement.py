@@ -54,10 +54,12 @@ from vllm_agreement import (
     Difference,
     Engine,
     Request,
+    answers_of,
     batch_sizes,
     environment,
     largest_batch,
     noise_of,
+    score,
     speed_rows,
 )
 
@@ -174,9 +176,8 @@ class VllmEngine(Engine):
             arguments["moe_backend"] = "triton"
             if options.process == "patched":
                 arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
-        if (
-            options.tp > 1
-        ):  # this fusion and what `environment` turns off reach for NVLink multicast: not every host has it
+        if options.tp > 1:
+            # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
         self.version = vllm.__version__
         self.llm = vllm.LLM(**arguments | options.engine_args)
@@ -204,9 +205,10 @@ class SglangEngine(Engine):
             "random_seed": 0,
             "log_level": "warning",
         }
-        arguments |= (
-            {"disable_cuda_graph": True} if options.eager else {"cuda_graph_max_bs_decode": max(options.requests)}
-        )
+        if options.eager:
+            arguments["disable_cuda_graph"] = True
+        else:
+            arguments["cuda_graph_max_bs_decode"] = max(options.requests)
         self.engine = sglang.Engine(**arguments | options.engine_args)
 
     def generate(self, requests: list[Request], settings: dict) -> list[dict]:
@@ -306,13 +308,8 @@ def run_reference(options: argparse.Namespace) -> dict:
         model_folder(options), dtype=torch.float32, device_map=device, experts_implementation="eager"
     )
     model.eval()
-    logprobs, best = [], []
-    for request in make_requests(options, PREFILL_TOKENS, seed=2)[:REFERENCE_REQUESTS]:
-        tokens = torch.tensor(request.prompt, device=device)
-        scores = model(tokens[None, :-1]).logits[0].float().log_softmax(-1)
-        logprobs.append(scores.gather(1, tokens[1:, None])[:, 0].tolist())
-        best.append(scores.argmax(-1).tolist())
-    return {"prefill": {"logprob": logprobs, "best": best}}
+    requests = make_requests(options, PREFILL_TOKENS, seed=2)[:REFERENCE_REQUESTS]
+    return {"prefill": answers_of(score(model, request.prompt, 1) for request in requests)}
 
 
 def run_variants(options: argparse.Namespace, argv: list[str]) -> None:
@@ -343,10 +340,10 @@ def yardstick_of(base: dict, reference: dict | None) -> float:
 
 
 def differences(
-    base: dict, patched: dict, reference: dict | None = None
+    base: dict, patched: dict, reference: dict | None, yardstick: float
 ) -> Iterator[tuple[str, Difference, float | None]]:
     """(what, found, limit of its rms) of the prefill's log-probs; None: for information."""
-    limit = AGREES * yardstick_of(base, reference)
+    limit = AGREES * yardstick
     yield "base against itself", noise_of(base["prefill"]), None
     if reference:
         off = [
@@ -396,7 +393,8 @@ def compare_results(options: argparse.Namespace) -> int:
         table = Table(title=f"{label(options)}: prefill log-probs along the same prefix", title_justify="left")
         for column in ("what", "positions", "rms", "limit", "largest", "same best token"):
             table.add_column(column, justify="left" if column == "what" else "right")
-        rows = list(differences(*answers, reference))
+        yardstick = yardstick_of(answers[0], reference)
+        rows = list(differences(*answers, reference, yardstick))
         write_csv(options, results, rows)
         for what, found, limit in rows:
             holds = limit is None or found.rms <= limit
@@ -405,7 +403,7 @@ def compare_results(options: argparse.Namespace) -> int:
             if not holds:
                 found_faults.append(f"{what}: rms {found.rms:.1e}, limit {limit:.1e}")
         console.print(table)
-        text, parted = greedy(*answers, yardstick_of(answers[0], reference))
+        text, parted = greedy(*answers, yardstick)
         console.print(text)
         found_faults += parted
     else:

@@ -39,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -339,6 +339,21 @@ def run_engine(options: argparse.Namespace) -> dict:
 # The reference's process
 
 
+def score(model, tokens: Sequence[int], first: int) -> tuple[list[float], list[int]]:
+    """Log-probs that a transformers model gives tokens[first:] in one pass, and the best tokens at their places."""
+    import torch
+
+    tokens = torch.tensor(tokens, device=model.device)
+    scores = model(tokens[None, :-1]).logits[0, first - 1 :].float().log_softmax(-1)
+    return scores.gather(1, tokens[first:, None])[:, 0].tolist(), scores.argmax(-1).tolist()
+
+
+def answers_of(scored: Iterable[tuple[list[float], list[int]]]) -> dict[str, list]:
+    """Results of `score` as `Difference.between` takes them."""
+    scored = list(scored)
+    return {"logprob": [logprob for logprob, _ in scored], "best": [best for _, best in scored]}
+
+
 def run_reference(options: argparse.Namespace) -> dict:
     """Transformers and peft in fp32, one request at a time along the same tokens."""
     import torch
@@ -359,26 +374,17 @@ def run_reference(options: argparse.Namespace) -> dict:
         model.load_adapter(adapters[adapter], adapter_name=str(adapter), low_cpu_mem_usage=True)
     model.eval()
 
-    def score(request: Request, tokens: list[int], first: int) -> tuple[list[float], list[int]]:
-        """Log-probs of tokens[first:], and the best tokens at their places."""
-        inputs = torch.tensor([tokens[:-1]], device=device)
+    def adapted(request: Request, tokens: Sequence[int], first: int) -> tuple[list[float], list[int]]:
+        """`score` with the request's adapter."""
         if request.adapter is None:
             with model.disable_adapter():
-                logits = model(inputs).logits
-        else:
-            model.set_adapter(str(request.adapter))
-            logits = model(inputs).logits
-        scores = logits[0, first - 1 :].float().log_softmax(-1)
-        wanted = torch.tensor(tokens[first:], device=device)
-        return scores.gather(1, wanted[:, None])[:, 0].tolist(), scores.argmax(-1).tolist()
+                return score(model, tokens, first)
+        model.set_adapter(str(request.adapter))
+        return score(model, tokens, first)
 
-    pairs = {
-        "decode": [score(r, [*r.prompt, *[r.forced] * DECODE_STEPS], PROMPT_TOKENS) for r in decode],
-        "prefill": [score(r, list(r.prompt), 1) for r in prefill],
-    }
     return {
-        phase: {"logprob": [logprob for logprob, _ in found], "best": [best for _, best in found]}
-        for phase, found in pairs.items()
+        "decode": answers_of(adapted(r, [*r.prompt, *[r.forced] * DECODE_STEPS], PROMPT_TOKENS) for r in decode),
+        "prefill": answers_of(adapted(r, r.prompt, 1) for r in prefill),
     }
 
 
@@ -395,7 +401,7 @@ def environment(variant: str, options: argparse.Namespace, switch: str = "LORA_O
         env[switch] = "1"
     if options.tp > 1:
         env |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_NVLS_ENABLE": "0"}
-        env["SGLANG_IS_FLASHINFER_AVAILABLE"] = "0"  # its all-reduce would be compiled for minutes, told not to or not
+        env["SGLANG_IS_FLASHINFER_AVAILABLE"] = "0"  # it compiles its all-reduce for minutes, even when told not to
     return env | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # collective_rpc sends `look_inside` by pickle
