@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -23,15 +24,24 @@ class Clock:
         self.anchor = self._graph(lambda: self.flush[:1].zero_())  # keeps the pool while other graphs come and go
 
     def _graph(self, calls: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """torch.cuda.graph would also empty the allocator's cache, which takes longer than the measurement."""
+        """torch.cuda.graph would also empty the allocator's cache, which takes longer than the measurement.
+
+        No garbage is collected meanwhile: the end of another graph would break the capture.
+        """
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                calls()
-            finally:
-                graph.capture_end()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    calls()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         torch.cuda.synchronize()
         return graph
 

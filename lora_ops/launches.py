@@ -112,6 +112,13 @@ def run_linear(
     run_expand(partial, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
 
 
+def run_add(y, delta, tiles) -> None:
+    """delta into y, for the rows with an adapter."""
+    from .kernels.add import add
+
+    add(y, delta, tiles)
+
+
 _compiled: set[tuple] = set()
 
 

@@ -25,6 +25,7 @@ from .launches import (
     compile_plan,
     join_side,
     row_tiles,
+    run_add,
     run_beside,
     run_expand,
     run_linear,
@@ -195,14 +196,24 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
 # delta stands before y: torch.compile moves producers next to their reader in this order, and lora_delta must fork off
 # before the GEMM that makes y starts
 @_register(
-    f"lora_join(Tensor(a!) delta, Tensor(b!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)"
+    "lora_join(Tensor(a!) delta, Tensor(b!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, "
+    f"{PLAN_SCHEMA}, float scale, bool in_place)"
 )
-def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale):
-    if _fits_beside(x.shape[0], counts):
-        join_side(x.device)
-    else:
+def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_place):
+    op = "lora_join"
+    kernels = uses_kernels(lora_a[0])
+    add = functools.partial(run_add, y, delta)
+    if in_place and kernels:
+        compile_plan(add, _layer_key(op, y, delta), arena, layout, [SMALL_BATCH])
+    if not _fits_beside(x.shape[0], counts):
         large = [rows for rows in row_buckets() if rows > SMALL_BATCH]
-        _add_linear("lora_join", y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True, large)
+        _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True, large)
+        return
+    join_side(x.device)
+    if in_place and kernels:
+        run_plan(add, arena, counts, layout, x.shape[0])
+    elif in_place:
+        reference.lora_add(y, delta, _plan_slots(arena, counts, layout))
 
 
 def linear_beside(
@@ -212,6 +223,7 @@ def linear_beside(
     lora_b: Sequence[torch.Tensor],
     plan: LoraPlan,
     scale: float = 1.0,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """base() + scale * B A x, where a small batch's LoRA part runs on a side stream, under the base layer's GEMM.
 
@@ -222,6 +234,8 @@ def linear_beside(
     Args:
         base: makes the base layer's output y [M, sum of N_s].
         x: [M, K]; other arguments as `lora_linear`.
+        in_place: add a small batch's LoRA part to y by a kernel of its own, which batches without adapter do not run.
+            For a y that is read in parts, as q, k and v are: torch.compile would write all of the sum once more.
 
     Raises:
         ValueError, TypeError: as `lora_linear`.
@@ -231,7 +245,9 @@ def linear_beside(
     delta = x.new_empty(SMALL_BATCH, sum(b.shape[-2] for b in lora_b))
     torch.ops.lora_ops.lora_delta(delta, *arguments)
     y = base()
-    torch.ops.lora_ops.lora_join(delta, y, *arguments)
+    torch.ops.lora_ops.lora_join(delta, y, *arguments, in_place)
+    if in_place:
+        return y
     rows = torch.arange(y.shape[0], device=y.device)
     small = torch.full((), y.shape[0], dtype=torch.int32, device=y.device) <= SMALL_BATCH
     small = small & (plan.section("tile_slots_16")[0] != NO_TILE)  # in a graph too, whatever plan it meets

@@ -99,6 +99,12 @@ def lora_linear(
     lora_expand(h, lora_b, y, plan, offset, add_inputs)
 
 
+def lora_add(y: torch.Tensor, delta: torch.Tensor, plan: HasTokenSlots) -> None:
+    """y[m] += delta[m] for the plan's rows with an adapter, summed in fp32; delta may have more rows than y."""
+    rows = (plan.token_slots >= 0).nonzero()[:, 0]
+    y[rows] = (y[rows].float() + delta[rows].float()).to(y.dtype)
+
+
 def bgmv_shrink(
     x: torch.Tensor, lora_a: torch.Tensor, out: torch.Tensor, slot_indices: torch.Tensor, scale: float = 1.0
 ) -> None:

@@ -240,6 +240,12 @@ CONTRACTS = (
         "Each linear layer's `_apply_sync`, which `apply` calls, becomes ours.",
     ),
     Contract(
+        "vllm.model_executor.layers.linear:QKVParallelLinear",
+        CUDA_VERSIONS,
+        "Tells the layers whose output is read in parts: their LoRA part is added in place.",
+        platform="cuda",
+    ),
+    Contract(
         "ops_patches.vllm_punica_gpu:LoraOpsPunicaWrapperGPU",
         CUDA_VERSIONS,
         "Our class must be importable before vLLM is told its name.",

@@ -10,6 +10,7 @@ import bisect
 
 import torch
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from lora_ops.ops import linear_beside
 from ops_patches import counters
@@ -69,4 +70,5 @@ def apply_beside(layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> to
         layer.lora_a_stacked,
         layer.lora_b_stacked,
         layer.punica_wrapper.plan,
+        in_place=isinstance(layer.base_layer, QKVParallelLinear),
     )

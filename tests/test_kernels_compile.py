@@ -194,6 +194,7 @@ def test_lora_beside(compiler):
     y, x, a, b, _ = lora_layer("qkv", 16, 64)
     with compiler.kernels() as kernels:
         lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, False, plan_tiles(64), first=True, zero_others=False)
+        lora_ops.launches.run_add(y, empty(512, y.shape[1]), plan_tiles(64))
     check(kernels)
 
 

@@ -27,7 +27,8 @@ def test_schemas_declare_their_mutation():
     torch.library.opcheck(ops.lora_linear.default, (y, x, a, b, *arena, 1.0, 0, True), test_utils=checks)
     delta = torch.randn(SMALL_BATCH, sum(WIDTHS))
     torch.library.opcheck(ops.lora_delta.default, (delta, x, a, b, *arena, 1.0), test_utils=checks)
-    torch.library.opcheck(ops.lora_join.default, (delta, y, x, a, b, *arena, 1.0), test_utils=checks)
+    for in_place in (False, True):
+        torch.library.opcheck(ops.lora_join.default, (delta, y, x, a, b, *arena, 1.0, in_place), test_utils=checks)
     torch.library.opcheck(ops.lora_shrink.default, (x, a, h, *arena, 1.0), test_utils=checks)
     torch.library.opcheck(ops.lora_expand.default, (h, b, y, *arena, 0, True), test_utils=checks)
 
@@ -52,15 +53,16 @@ def test_compiled_graph_follows_the_plan(backend):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("v2", [False, True])  # vLLM switches it off
-def test_beside_compiles_to_one_fused_sum(v2):
-    """The LoRA part is asked for before the GEMM starts, its sum is no kernel of its own, and nothing is copied."""
+def test_beside_compiles_to_one_fused_sum(v2, in_place):
+    """The LoRA part is asked for before the GEMM starts; torch.compile makes no kernel for its sum, and no copy."""
     torch._dynamo.reset()
     plan, a, b = layer()
     weight = torch.randn(K, sum(WIDTHS))
 
     def model(x):
-        return torch.relu(lora_ops.linear_beside(lambda: x @ weight, x, a, b, plan)) + 1
+        return torch.relu(lora_ops.linear_beside(lambda: x @ weight, x, a, b, plan, in_place=in_place)) + 1
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch._inductor.config.patch(enable_auto_functionalized_v2=v2):
@@ -75,8 +77,9 @@ def test_beside_compiles_to_one_fused_sum(v2):
     assert "copy_" not in body
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_beside_follows_the_plan(backend):
+def test_beside_follows_the_plan(backend, in_place):
     """Batches on both sides of SMALL_BATCH, rows with, without and beyond the plan's tokens; through one graph."""
     sizes = (2, 6, SMALL_BATCH, SMALL_BATCH + 1, 700)
     _, a, b = layer()
@@ -84,7 +87,7 @@ def test_beside_follows_the_plan(backend):
     weight = torch.randn(K, sum(WIDTHS))
 
     def model(x):
-        return torch.relu(lora_ops.linear_beside(lambda: x @ weight, x, a, b, plan)) + 1
+        return torch.relu(lora_ops.linear_beside(lambda: x @ weight, x, a, b, plan, in_place=in_place)) + 1
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for tokens in sizes:
@@ -109,7 +112,7 @@ def test_beside_with_a_plan_larger_than_the_batch():
     torch.ops.lora_ops.lora_delta(delta, *arguments)
     assert delta.isnan().all()
     expected = y.clone()
-    torch.ops.lora_ops.lora_join(delta, y, *arguments)
+    torch.ops.lora_ops.lora_join(delta, y, *arguments, False)
     small = lora_ops.LoraPlan(M, L, "cpu")
     small.update([1] * M)
     lora_ops.reference.lora_linear(expected, x, a, b, small)

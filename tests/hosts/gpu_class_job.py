@@ -38,6 +38,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # noqa: E402
 from vllm.lora.layers.utils import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU  # noqa: E402
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper  # noqa: E402
+from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
 
 import lora_ops  # noqa: E402
 from ops_patches import counters  # noqa: E402
@@ -161,20 +162,34 @@ def main() -> None:
         wrapper.apply_lora_full_linear(sampled, x[: len(PROMPTS)], a[0], bias, enabled)
         return sampled
 
-    def beside(wrapper, out):
+    def beside(wrapper, out, base_layer=None):
         """The layer's own method: the host's adds in place, ours runs beside the base GEMM while it is traced."""
         layer = BaseLinearLayerWithLoRA.__new__(BaseLinearLayerWithLoRA)
         torch.nn.Module.__init__(layer)
         layer._enable_aux_cuda_stream = False
-        layer.base_layer = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda base, x, bias: out + bias))
+        layer.base_layer = base_layer or SimpleNamespace()
+        layer.base_layer.quant_method = SimpleNamespace(apply=lambda base, x, bias: out + bias)
         layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices = a, b, widths
         set_mapping(layer, wrapper)
         report.setdefault("apply", []).append(layer._apply_sync.__func__.__name__)
-        with mock.patch.object(torch.compiler, "is_compiling", return_value=wrapper is ours):
-            return layer.apply(x, torch.ones(1, dtype=DTYPE))
+        with (
+            mock.patch.object(torch.compiler, "is_compiling", return_value=wrapper is ours),
+            mock.patch("ops_patches.vllm_punica_gpu.linear_beside", wraps=lora_ops.linear_beside) as call,
+        ):
+            result = layer.apply(x, torch.ones(1, dtype=DTYPE))
+        if wrapper is ours:
+            report.setdefault("in_place", []).append(call.call_args.kwargs["in_place"])
+        return result
+
+    def beside_qkv(wrapper, out):
+        """A layer whose outputs part ways after the sum, which ours makes in place."""
+        base_layer = QKVParallelLinear.__new__(QKVParallelLinear)
+        torch.nn.Module.__init__(base_layer)
+        return beside(wrapper, out, base_layer)
 
     compare("linear", linear)
     compare("beside", beside)
+    compare("beside, q k v", beside_qkv)
     compare("linear, written", write_linear)
     compare("shrink", shrink)
     compare("fully sharded", sharded)

@@ -313,20 +313,23 @@ def test_torch_compile(device, dtype):
         assert_close(compiled(x), model(x).float(), tolerance(dtype))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_beside(device, dtype, case):
+def test_beside(device, dtype, case, in_place):
     layer = make_layer(case, dtype, device)
     base = torch.randn(case.k, layer.width, device=device, dtype=dtype)
     y = layer.x @ base
     expected = y.float()
     lora_ops.reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5)
-    result = lora_ops.linear_beside(lambda: layer.x @ base, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5)
+    arguments = (layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, in_place)
+    result = lora_ops.linear_beside(lambda: layer.x @ base, *arguments)
     assert_close(result, expected, 1.5 * tolerance(dtype))  # the LoRA part is rounded once more
     without = torch.from_numpy(layer.slots < 0).to(device)
     assert torch.equal(result[without], y[without])
 
 
-def test_beside_in_a_cuda_graph(device):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_beside_in_a_cuda_graph(device, in_place):
     """One capture serves later plans: other adapters, rows without, fewer tokens; and a step without any adapter."""
     if device == "cpu":
         pytest.skip("needs a GPU")
@@ -334,7 +337,8 @@ def test_beside_in_a_cuda_graph(device):
     base = torch.randn(512, layer.width, device=device, dtype=torch.bfloat16)
 
     def model(x):
-        return torch.relu(lora_ops.linear_beside(lambda: x @ base, x, layer.lora_a, layer.lora_b, layer.plan)) + 1
+        arguments = (x, layer.lora_a, layer.lora_b, layer.plan, 1.0, in_place)
+        return torch.relu(lora_ops.linear_beside(lambda: x @ base, *arguments)) + 1
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     x = layer.x.contiguous()
@@ -370,7 +374,7 @@ def test_two_parts_beside_at_once(device):
         for layer, base, out in zip(layers, bases, outs, strict=True):
             torch.mm(layer.x, base, out=out)
         for delta, out, rest in zip(deltas, outs, arguments, strict=True):
-            torch.ops.lora_ops.lora_join(delta, out, *rest)
+            torch.ops.lora_ops.lora_join(delta, out, *rest, False)
             out.add_(delta[:40])
 
     run()
