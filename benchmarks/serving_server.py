@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +30,8 @@ VLLM = ("-m", "vllm.entrypoints.cli.main")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as --max-lora-rank."""
 HOST = "127.0.0.1"
+PORTS = range(20000, 32768)
+"""Below those that Linux hands out by itself."""
 TAIL_LINES = 40
 STOP_S = 30
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # a proxy has no part in this
@@ -80,9 +83,12 @@ def lora_rank(rank: int) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return free.getsockname()[1]
+    """One that nothing listens on, and that the kernel gives to nobody: SGLang binds it minutes after it was chosen."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind((HOST, port))
+            return port
+    raise ServerError(f"no free port among 100 of {PORTS[0]} to {PORTS[-1]}")
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
