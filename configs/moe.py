@@ -153,7 +153,7 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
         raise ValueError("persistent and stationary are for down, permute and tma_store for gate_up")
     if config.down.persistent and config.down.stationary:
         raise ValueError("down is either persistent or stationary")
-    if config.down.stationary and layer.intermediate > STATIONARY_STEPS * config.down.block_k:
+    if config.down.stationary and not stationary_fits(layer.intermediate, config.down.block_k, layer.block_shape):
         raise ValueError(f"stationary is for up to {STATIONARY_STEPS} blocks of k, here of {config.down.block_k}")
     if config.gate_up.block_m not in TILE_ROWS:
         raise ValueError(f"block_m is {config.gate_up.block_m}, expected one of {', '.join(map(str, TILE_ROWS))}")
@@ -283,13 +283,18 @@ def layer_default(
         many = tokens * layer.top_k >= TMA_STORE_ROWS * (layer.global_experts or layer.experts)
         first = replace(first, permute=permute, tma_store=permute and many)
         second = replace(second, persistent=persistent_fits(shared))
-    step = math.gcd(second.block_k, *(layer.block_shape or (0, 0))[1:])  # a block of scales ends a step
-    if itemsize == 1 and block_m >= 64 and layer.intermediate <= STATIONARY_STEPS * step:
+    if itemsize == 1 and block_m >= 64 and stationary_fits(layer.intermediate, second.block_k, layer.block_shape):
         second = replace(second, block_n=64, num_warps=4, num_stages=3, group_m=1, stationary=True)
     return LayerConfig(
         fitted(first, layer.products, itemsize, layer.hidden, shared),
         fitted(second, 1, itemsize, layer.intermediate, shared),
     )
+
+
+def stationary_fits(k: int, block_k: int, block_shape: Sequence[int] | None = None) -> bool:
+    """Whether a stationary program keeps k columns: STATIONARY_STEPS steps at most, each within a block of scales."""
+    step = math.gcd(block_k, block_shape[1]) if block_shape else block_k
+    return k <= STATIONARY_STEPS * step
 
 
 def persistent_fits(shared: int) -> bool:

@@ -67,6 +67,11 @@ def num_planes(k: int, rank: int, num_rows: int) -> int:
     return chunks if num_rows <= CHUNKS_BATCH else -(-chunks // group_chunks(k, rank))
 
 
+def planes_of_group(k: int, rank: int, planes: int) -> int:
+    """How many of `planes` planes make a group, for their reader."""
+    return group_chunks(k, rank) if planes == -(-k // chunk_k(k)) else 1
+
+
 def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
     """Complete sums into out, fp32 [S, M, R]."""
     from .kernels.shrink import shrink, sum_planes
@@ -79,7 +84,7 @@ def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
     else:
         partial = torch.empty((planes, *out.shape), dtype=torch.float32, device=out.device)
         shrink(x, lora_a, partial, tiles, scale, config)
-        sum_planes(partial, out, tiles, k)
+        sum_planes(partial, out, tiles, group=planes_of_group(k, rank, planes))
 
 
 def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) -> None:
@@ -99,7 +104,7 @@ def run_linear(
 
     first: nothing of this stream comes before the shrink.
     """
-    from .kernels.shrink import planes_of_group, shrink
+    from .kernels.shrink import shrink
 
     k, rank = x.shape[1], lora_a[0].shape[1]
     pdl = _supports_pdl(y.device)

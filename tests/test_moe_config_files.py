@@ -278,6 +278,11 @@ def test_each_half_takes_its_own_switches():
     long = replace(LAYER, intermediate=moe.STATIONARY_STEPS * CONFIG.down.block_k + 1)
     with pytest.raises(ValueError, match="stationary is for up to"):
         moe.check(replace(CONFIG, down=replace(CONFIG.down, stationary=True)), long, 2)
+    wide = replace(CONFIG, down=replace(CONFIG.down, block_k=64, stationary=True))
+    blocks = replace(LAYER, quant="fp8_w8a8", block_shape=(128, 32), intermediate=moe.STATIONARY_STEPS * 32)
+    moe.check(wide, blocks, 1)
+    with pytest.raises(ValueError, match="stationary is for up to"):  # a block of scales ends a step
+        moe.check(wide, replace(blocks, intermediate=blocks.intermediate + 16), 1)
 
 
 @pytest.mark.parametrize("block_k", [32, 64, 128])

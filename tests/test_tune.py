@@ -357,6 +357,36 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     assert set(files.read(path, ShrinkConfig, store.BUCKETS).entries) == set(itertools.product((16, 64), (64, 1024)))
 
 
+def test_the_table_keeps_rows_of_other_models(monkeypatch, tmp_path):
+    """And of other ranks; rows that are measured again replace the old ones."""
+    FakeGpu(monkeypatch)
+    path = tmp_path / "NVIDIA_H200/tune.csv"
+    found = []
+    for model, rank in (("llama3-8b", "16"), ("qwen3-8b", "16"), ("qwen3-8b", "32"), ("llama3-8b", "16")):
+        assert tune.main(["--model", model, "--ranks", rank, "--tokens", "64", "--out", str(tmp_path)]) == 0
+        rows = list(csv.DictReader(path.open()))
+        found.append(sorted((row["layer"].split()[0], row["rank"]) for row in rows))
+    llama, qwen, larger = [("llama3-8b", "16")] * 4, [("qwen3-8b", "16")] * 4, [("qwen3-8b", "32")] * 4
+    assert found == [llama, llama + qwen, llama + qwen + larger, llama + qwen + larger]
+
+
+def test_a_table_replaces_rows_of_the_same_case(tmp_path):
+    path, columns, key = tmp_path / "tune.csv", ("layer", "rank", "us"), ("layer", "rank")
+
+    def table():
+        return list(csv.reader(path.open()))
+
+    tuning.write_table(path, columns, key, [["o", 8, "1.0"], ["o", 16, "2.0"]])
+    tuning.write_table(path, columns, key, [["o", 16, "3.0"], ["down", 8, "4.0"]])
+    assert table() == [[*columns], ["o", "8", "1.0"], ["o", "16", "3.0"], ["down", "8", "4.0"]]
+    with path.open("a") as file:
+        file.write("o,32")  # a row that was cut short
+    tuning.write_table(path, columns, key, [])
+    assert table() == [[*columns], ["o", "8", "1.0"], ["o", "16", "3.0"], ["down", "8", "4.0"]]
+    tuning.write_table(path, (*columns, "routing"), (*key, "routing"), [["o", 8, "5.0", "zipf"]])
+    assert table() == [[*columns, "routing"], ["o", "8", "5.0", "zipf"]]  # of other columns: no row says what it is of
+
+
 def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     line = ["--shape", "64:64", "128:64", "--ranks", "8", "16", "--tokens", "1", "64", "--out", str(tmp_path)]
     first = FakeGpu(monkeypatch, limit=5)

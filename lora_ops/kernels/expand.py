@@ -167,7 +167,7 @@ def expand(
         y: [M, *], last dimension contiguous; slices are written side by side from column `offset`.
         tiles: which rows belong to which slot.
         add_inputs: add to y; else write.
-        group: planes that make a group, whose sums are added up: `shrink.planes_of_group`.
+        group: planes that make a group, whose sums are added up: `launches.planes_of_group`.
         zero_others: zero the rows of slot -1; by default when writing.
         pdl: start before the shrink, which writes h, has finished, and wait for it inside.
     """

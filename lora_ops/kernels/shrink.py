@@ -249,14 +249,9 @@ def sum_planes_kernel(
     tl.store(out_ptr + (lora_slice.to(tl.int64) * num_rows + rows)[:, None] * RANK + ranks[None, :], total, mask=mask)
 
 
-def planes_of_group(k: int, rank: int, planes: int) -> int:
-    """How many of `planes` planes make a group, for their reader."""
-    return group_chunks(k, rank) if planes == triton.cdiv(k, chunk_k(k)) else 1
-
-
-def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, k: int) -> None:
-    """out [S, M, R] = sum of planes [C, S, M, R], K = k, for the rows of the tiles, in the order in which expand adds
-    them."""
+def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: int = 1) -> None:
+    """out [S, M, R] = sum of planes [C, S, M, R], `group` of them making a group, for the rows of the tiles, in the
+    order in which expand adds them."""
     num_planes, slices, num_rows, rank = planes.shape
     block_r = min(triton.next_power_of_2(rank), 128)
     sum_planes_kernel[(tiles.count * slices * triton.cdiv(rank, block_r),)](
@@ -268,7 +263,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, k: int) ->
         RANK=rank,
         SLICES=slices,
         PLANES=num_planes,
-        GROUP=planes_of_group(k, rank, num_planes),
+        GROUP=group,
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,
         BLOCK_R=block_r,

@@ -16,7 +16,6 @@ from ops_configs.moe import DIRECT_CHUNK
 
 from ..reference import LIMITS
 from .quantize import magnitude, rounded, scale_of
-from .routing import load_experts
 
 CHUNK = tl.constexpr(DIRECT_CHUNK)
 FP8_LIMIT = tl.constexpr(LIMITS[torch.float8_e4m3fn])
@@ -127,63 +126,31 @@ def gate_up_of_chunks(
 
 @triton.jit
 def down_of_chunks(
-    h_ptr,
-    w_ptr,
-    w_scale,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    expert_map_ptr,
-    token,
-    column,
-    expert_stride,
-    row_stride,
-    bias_expert_stride,
-    bias_stride,
-    N: tl.constexpr,
+    h_rows,  # pointers [T]
+    weights,  # [T]
+    here,  # [T]
+    rows,  # as `load_w_chunks` takes them, as are the next four
+    live,
+    scales,
+    scales_live,
+    scale_stride,
     K: tl.constexpr,
-    TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    GLOBAL_EXPERTS: tl.constexpr,
-    SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
-    ONE_SCALE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Weighted sum [BLOCK_N] over the experts of a token, whose weights are block fp8; BLOCK_T: TOP_K, padded.
+    """Weighted sum [N] over the experts of a token, whose weights are block fp8.
 
     Only h, and out where it is hidden, depends on the launch before: the first weights are read before that has ended.
     """
-    ks = tl.arange(0, BLOCK_T)
-    columns = column + tl.arange(0, BLOCK_N)[None, :]
-    scaled = column + tl.arange(0, 1 if ONE_SCALE else BLOCK_N)[None, :]
-    choices = token * TOP_K + ks
-    experts = load_experts(ids_ptr, expert_map_ptr, choices, ks < TOP_K, EXPERTS, GLOBAL_EXPERTS)
-    here = experts < EXPERTS
-    experts = tl.where(here, experts, 0).to(tl.int64)[:, None]
-    live, scales_live = here[:, None] & (columns < N), here[:, None] & (scaled < N)
-    weights = tl.where(here, 1.0, 0.0)
-    if weights_ptr is not None:
-        weights = tl.load(weights_ptr + choices, mask=here, other=0.0).to(tl.float32)
-    rows = w_ptr + experts * expert_stride + columns.to(tl.int64) * row_stride
-    scales = w_scale[0] + experts * w_scale[1] + scaled // SCALE_N * w_scale[2]
-    sums = tl.zeros((BLOCK_K // CHUNK, BLOCK_T, BLOCK_N), tl.float32)
-    w = load_w_chunks(rows, live, scales, scales_live, w_scale[3], 0, K, BLOCK_K, SCALE_K)
+    sums = tl.zeros((BLOCK_K // CHUNK, rows.shape[0], rows.shape[1]), tl.float32)
+    w = load_w_chunks(rows, live, scales, scales_live, scale_stride, 0, K, BLOCK_K, SCALE_K)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for h
-    h_rows = h_ptr + choices.to(tl.int64) * K
     h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, 0, K, BLOCK_K), SCALE_K)
     sums = add_chunks(sums, h, h_scale * weights[None, :], w)
     for k0 in range(BLOCK_K, K, BLOCK_K):
-        w = load_w_chunks(rows, live, scales, scales_live, w_scale[3], k0, K, BLOCK_K, SCALE_K)
+        w = load_w_chunks(rows, live, scales, scales_live, scale_stride, k0, K, BLOCK_K, SCALE_K)
         h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, k0, K, BLOCK_K), SCALE_K)
         sums = add_chunks(sums, h, h_scale * weights[None, :], w)
-    total = tl.sum(tl.sum(sums, 1), 0)
-    if bias_ptr is not None:
-        bias = bias_ptr + experts * bias_expert_stride + columns * bias_stride
-        bias = tl.load(bias, mask=live, other=0.0).to(tl.float32)
-        total += tl.sum(weights[:, None] * bias, 0)
-    return total
+    return tl.sum(tl.sum(sums, 1), 0)

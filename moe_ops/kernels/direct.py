@@ -20,7 +20,7 @@ from ops_configs.moe import DIRECT_BLOCK_K, DIRECT_ELEMENTS
 from .chunks import down_of_chunks, gate_up_of_chunks
 from .gate_up import gated, pointwise, split_gate_up
 from .routing import load_experts
-from .tiles import UNALIGNED, bias_operand, row_stride
+from .tiles import UNALIGNED, bias_operand, row_stride, w_scale_arguments
 
 GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
 """Columns of a program of two warps; measured on an H200."""
@@ -35,6 +35,20 @@ def load_block(pointers, k0, live, ks, K: tl.constexpr, BLOCK_K: tl.constexpr, E
         return tl.load(pointers + k0).to(tl.float32)
     else:
         return tl.load(pointers + k0, mask=live[:, None] & (ks < K - k0)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_choices(
+    ids_ptr, expert_map_ptr, weights_ptr, choices, mask, EXPERTS: tl.constexpr, GLOBAL_EXPERTS: tl.constexpr
+):
+    """Of each choice its expert, int64, the routed weight, fp32, and whether it has an expert; expert 0 where not."""
+    experts = load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS, GLOBAL_EXPERTS)
+    here = experts < EXPERTS
+    experts = tl.where(here, experts, 0).to(tl.int64)
+    weights = tl.full(choices.shape, 1.0, tl.float32)
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + choices, mask=here, other=0.0).to(tl.float32)
+    return experts, weights, here
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -174,12 +188,9 @@ def down_direct_kernel(
         biases = tl.zeros((BLOCK_N,), tl.float32)
         for k in tl.static_range(TOP_K):
             choice = token * TOP_K + k
-            expert = load_experts(ids_ptr, expert_map_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS)
-            here = expert < EXPERTS
-            expert = tl.where(here, expert, 0).to(tl.int64)
-            weight = 1.0
-            if weights_ptr is not None:
-                weight = tl.load(weights_ptr + choice, mask=here, other=0.0).to(tl.float32)
+            expert, weight, here = load_choices(
+                ids_ptr, expert_map_ptr, weights_ptr, choice, True, EXPERTS, GLOBAL_EXPERTS
+            )
             w_pointers = w_ptr + expert * expert_stride + block
             h_pointers = h_ptr + choice.to(tl.int64) * K + ks
             for k0 in tl.static_range(0, K, BLOCK_K):  # unrolled, so that loads are under way together
@@ -192,33 +203,32 @@ def down_direct_kernel(
                 biases += weight * tl.load(bias, mask=columns < tl.where(here, N, 0), other=0.0).to(tl.float32)
         total = tl.sum(sums, 1) + biases
     else:
+        ks = tl.arange(0, BLOCK_T)
+        choices = token * TOP_K + ks
+        experts, weights, here = load_choices(
+            ids_ptr, expert_map_ptr, weights_ptr, choices, ks < TOP_K, EXPERTS, GLOBAL_EXPERTS
+        )
+        experts = experts[:, None]
+        scaled = tl.program_id(0) * BLOCK_N + tl.arange(0, 1 if ONE_SCALE else BLOCK_N)[None, :]
+        rows_live, scales_live = here[:, None] & live[None, :], here[:, None] & (scaled < N)
         total = down_of_chunks(
-            h_ptr,
-            w_ptr,
-            w_scale,
-            bias_ptr,
-            weights_ptr,
-            ids_ptr,
-            expert_map_ptr,
-            token,
-            tl.program_id(0) * BLOCK_N,
-            expert_stride,
-            row_stride,
-            bias_expert_stride,
-            bias_stride,
-            N,
+            h_ptr + choices.to(tl.int64) * K,
+            weights,
+            here,
+            w_ptr + experts * expert_stride + columns[None, :].to(tl.int64) * row_stride,
+            rows_live,
+            w_scale[0] + experts * w_scale[1] + scaled // SCALE_N * w_scale[2],
+            scales_live,
+            w_scale[3],
             K,
-            TOP_K,
-            EXPERTS,
-            GLOBAL_EXPERTS,
-            SCALE_N,
             SCALE_K,
-            ONE_SCALE,
-            BLOCK_T,
-            BLOCK_N,
             BLOCK_K,
             PDL,
         )
+        if bias_ptr is not None:
+            bias = bias_ptr + experts * bias_expert_stride + columns[None, :] * bias_stride
+            bias = tl.load(bias, mask=rows_live, other=0.0).to(tl.float32)
+            total += tl.sum(weights[:, None] * bias, 0)
     out = out_ptr + token.to(tl.int64) * N + columns
     tl.store(out, (scaling * total).to(out_ptr.dtype.element_ty), mask=live)
 
@@ -248,7 +258,8 @@ def fused_experts_direct(
 ) -> None:
     """Launch both halves of the layer; arguments as `moe_ops.fused_experts` has them, out [M, H] contiguous.
 
-    block_shape: of fp8 w13 and w2, whose x and h are quantised here; its k is a power of two, 32 at least.
+    block_shape: of fp8 w13 and w2, whose x and h are quantised here; its k is a power of two, DIRECT_CHUNK (16) at
+        least, and at most DIRECT_ELEMENTS (2048) over the padded experts of a token: see `runs_direct`.
     pdl: down starts under the tail of the first half (compute capability 9.0 and later).
     """
     gate, up = split_gate_up(w13, interleaved) if gated else (w13, w13)
@@ -259,9 +270,13 @@ def fused_experts_direct(
     expert_map = None if expert_map is None else expert_map.contiguous()
     experts, width, inner = w2.shape
     top_k = topk_ids.shape[1]
+    experts_padded = triton.next_power_of_2(top_k)
     first = half_constants(width, 1, GATE_UP_COLUMNS, FP8_GATE_UP, block_shape)
-    second = half_constants(inner, triton.next_power_of_2(top_k), DOWN_COLUMNS, FP8_DOWN, block_shape)
-    whole = interleaved or not gated or inner % first["BLOCK_N"] == 0
+    second = half_constants(inner, experts_padded, DOWN_COLUMNS, FP8_DOWN, block_shape)
+    first |= w_scale_arguments(
+        w13_scale, block_shape, first["BLOCK_N"], ups=inner if gated else 0, interleaved=interleaved
+    )
+    second |= w_scale_arguments(w2_scale, block_shape, second["BLOCK_N"])
     constants = {
         "TOP_K": top_k,
         "EXPERTS": experts,
@@ -275,7 +290,7 @@ def fused_experts_direct(
         x,
         gate,
         up,
-        None if block_shape is None else (w13_scale, *w13_scale.stride()),
+        first.pop("w_scale"),
         gate_bias_ptr,
         up_bias,
         weights if apply_router_weight_on_input else None,
@@ -293,14 +308,13 @@ def fused_experts_direct(
         GATED=gated,
         INTERLEAVED=interleaved,
         ACTIVATION=activation,
-        ONE_SCALE=whole and first["SCALE_N"] % (first["BLOCK_N"] * (1 + interleaved)) == 0,
         **first,
         **constants | {"launch_pdl": False},
     )
     down_direct_kernel[(triton.cdiv(width, second["BLOCK_N"]), out.shape[0])](
         h,
         w2,
-        None if block_shape is None else (w2_scale, *w2_scale.stride()),
+        second.pop("w_scale"),
         bias2_ptr,
         None if apply_router_weight_on_input else weights,
         out,
@@ -312,8 +326,7 @@ def fused_experts_direct(
         *bias2_strides,
         N=width,
         K=inner,
-        ONE_SCALE=second["SCALE_N"] % second["BLOCK_N"] == 0,
-        BLOCK_T=triton.next_power_of_2(top_k),
+        BLOCK_T=experts_padded,
         **second,
         **constants,
     )
@@ -325,6 +338,6 @@ def half_constants(
     """Blocks of a program that reads k columns of so many experts together; columns: unquantised, fp8: else."""
     block_k = triton.next_power_of_2(k)
     if block_shape is None:
-        return {"SCALE_N": 1, "SCALE_K": 1, "BLOCK_N": columns, "BLOCK_K": min(DIRECT_BLOCK_K, block_k)}
-    (columns, elements), (bn, bk) = fp8, block_shape
-    return {"SCALE_N": bn, "SCALE_K": bk, "BLOCK_N": columns, "BLOCK_K": max(min(elements // experts, block_k), bk)}
+        return {"BLOCK_N": columns, "BLOCK_K": min(DIRECT_BLOCK_K, block_k)}
+    columns, elements = fp8
+    return {"BLOCK_N": columns, "BLOCK_K": max(min(elements // experts, block_k), block_shape[1])}

@@ -420,11 +420,12 @@ def gate_up(
     gate_bias_ptr, *bias_strides = bias_operand(gate_bias)
     tma = takes_tma(gate, up)
     n, block_n = out.shape[1], config.block_n
-    scales = scale_arguments(x, w13, x_scale, w_scale, block_shape, config.block_k)
+    scales = scale_arguments(
+        x, w13, x_scale, w_scale, block_shape, config.block_k, block_n, ups=n if gated else 0, interleaved=interleaved
+    )
     num_tiles, block = plan.tile_experts.shape[0], (1, block_n, scales["BLOCK_K"])
     x_tma = tma and not gather and takes_tma(x)
     out_tma = config.tma_store and tma and out_scale is None and takes_tma(out)
-    rows_of_columns = 2 * block_n if interleaved else block_n
     gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
         operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128),
@@ -458,7 +459,6 @@ def gate_up(
         INTERLEAVED=interleaved,
         ACTIVATION=activation,
         **scales,
-        ONE_SCALE=scales["SCALE_N"] % rows_of_columns == 0 and (interleaved or not gated or n % block_n == 0),
         OUT_GROUP=1 if out_scale is None else block_shape[1],
         OUT_LIMIT=LIMITS.get(out.dtype),
         ROUND_TO=None if round_to is None else getattr(tl, str(round_to).removeprefix("torch.")),

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops_configs.moe import STATIONARY_STEPS, MoeConfig
+from ops_configs.moe import MoeConfig, stationary_fits
 
 from ..routing import RoutingPlan
 from .tiles import (
@@ -399,14 +399,14 @@ def grouped_gemm(
         x_scale, w_scale, block_shape: of quantised operands, as `tiles.scale_arguments` takes them.
         pdl: start under the tail of the launch before, and let the next one do so.
     """
-    scales = scale_arguments(x, w, x_scale, w_scale, block_shape, config.block_k)
+    scales = scale_arguments(x, w, x_scale, w_scale, block_shape, config.block_k, config.block_n)
     n, k, block_k = out.shape[1], x.shape[1], scales["BLOCK_K"]
     tma = takes_tma(w)
     x_tma = tma and not gather and takes_tma(x)
     num_tiles = plan.tile_experts.shape[0]
     programs = num_tiles * triton.cdiv(n, config.block_n)
     persistent = config.persistent and x_tma
-    stationary = config.stationary and x_tma and takes_tma(out) and k <= STATIONARY_STEPS * block_k
+    stationary = config.stationary and x_tma and takes_tma(out) and stationary_fits(k, config.block_k, block_shape)
     out_tma = stationary or (persistent and takes_tma(out))
     if persistent:
         programs = min(programs, multiprocessors(x.device))
@@ -425,7 +425,6 @@ def grouped_gemm(
         "N": n,
         "K": k,
         **scales,
-        "ONE_SCALE": scales["SCALE_N"] % config.block_n == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PDL": pdl,

@@ -233,6 +233,9 @@ def scale_arguments(
     w_scale: torch.Tensor | None,
     block_shape: Sequence[int] | None,
     block_k: int,
+    block_n: int,
+    ups: int = 0,
+    interleaved: bool = False,
 ) -> dict:
     """The kernel arguments that say how operands are quantised, and BLOCK_K, which stays within a block.
 
@@ -242,17 +245,40 @@ def scale_arguments(
         w_scale: fp32, of quantised w: [E], [E, 1], [E, N], [E, N, 1], or with block_shape = (bn, bk)
             [E, ceil(N / bn), ceil(K / bk)].
         block_k: columns of a step, a power of two.
+        block_n, ups, interleaved: as `w_scale_arguments` takes them.
     """
     blocked = block_shape is not None
-    bn, bk = block_shape if blocked else (1, 0)
+    of_w = w_scale_arguments(w_scale, block_shape, block_n, ups, interleaved)
     return {
         "x_scale": None if x_scale is None else _x_scale_argument(x_scale),
-        "w_scale": None if w_scale is None else _w_scale_argument(w_scale),
         "ACC": tl.int32 if x.dtype == torch.int8 and not blocked else tl.float32,
         "BLOCKED": blocked,
+        "BLOCK_K": math.gcd(block_k, of_w["SCALE_K"]),
+        **of_w,
+    }
+
+
+def w_scale_arguments(
+    scale: torch.Tensor | None,
+    block_shape: Sequence[int] | None,
+    block_n: int,
+    ups: int = 0,
+    interleaved: bool = False,
+) -> dict:
+    """The kernel arguments that say how a weight is quantised; scale and block_shape as in `scale_arguments`.
+
+    Args:
+        block_n: columns of a program; ONE_SCALE: these always lie under one scale.
+        ups: rows of w13 before its ups, unless interleaved; 0 without ups.
+        interleaved: gates and ups take turns in w13.
+    """
+    bn, bk = block_shape or (1, 0)
+    rows = 2 * block_n if interleaved else block_n
+    return {
+        "w_scale": None if scale is None else _w_scale_argument(scale),
         "SCALE_N": bn,
         "SCALE_K": bk,
-        "BLOCK_K": math.gcd(block_k, bk),
+        "ONE_SCALE": bn % rows == 0 and (interleaved or ups % block_n == 0),
     }
 
 

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from ops_configs.files import MAX_SHARED_BYTES
 from ops_configs.moe import (
-    STATIONARY_STEPS,
     TILE_ROWS,
     MoeConfig,
     MoeLayer,
     layer_default,
     persistent_fits,
     shared_memory,
+    stationary_fits,
 )
 from ops_configs.store import padded
 
@@ -89,7 +89,7 @@ def runs(layer: MoeLayer, half: Half, config: MoeConfig, itemsize: int, shared: 
     sums = config.block_m * config.block_n * products / (32 * config.num_warps)
     if not 1 <= sums <= MAX_ACCUMULATORS[itemsize] or shared_memory(config, products, itemsize, k) > shared:
         return False
-    if config.stationary and (config.persistent or k > STATIONARY_STEPS * config.block_k):
+    if config.stationary and (config.persistent or not stationary_fits(k, config.block_k, layer.block_shape)):
         return False
     if config.block_n > padded(n) or config.block_k > max(padded(k), 32):
         return False

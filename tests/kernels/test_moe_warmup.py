@@ -10,7 +10,7 @@ from .test_moe_ops import Case, make_layer
 from .test_moe_quant import SCHEMES, make_quantised
 
 PER_CALL = ("hidden", "topk_weights", "topk_ids")
-TOKENS = (1, 2, 3, 5, 17, 60, 200, 700, 1500)
+TOKENS = (1, 2, 3, 5, 17, 60, 200, 500, 700, 1500)
 CASE = Case("of sizes of its own", tokens=max(TOKENS), experts=20, top_k=3, hidden=272, inner=176)
 
 
