@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -145,6 +147,15 @@ def faults(variant: str, processes: list[dict], workers: int, watched: Watched =
     return found
 
 
+def compiled_while_serving(log: str) -> list[str]:
+    """Our kernels that a vLLM server compiled after its start-up, as its log says; of its own it may compile some."""
+    ours = set()
+    for package in ("lora_ops.kernels", "moe_ops.kernels"):
+        for source in Path(importlib.util.find_spec(package).origin).parent.glob("*.py"):
+            ours |= set(re.findall(r"^def (\w+)\(", source.read_text(), re.MULTILINE))
+    return sorted(ours & set(re.findall(r"JIT compilation during inference: (\w+)", log)))
+
+
 class Server:
     """A running server. `workers`: its processes that run the model; `watched`: the patch that it may have."""
 
@@ -232,6 +243,8 @@ class Server:
             before, self._steps = self._steps, steps(processes, self.watched)
             if moved and self._steps <= before:
                 found.append(f"no step went through our wrapper since the last check ({before} before)")
+        if compiled := compiled_while_serving(self.log.read_text(errors="replace")):
+            found.append(f"it compiled {', '.join(compiled)} while it served")
         if found:
             raise ServerError(f"the {self.setting} server is not what it should be: {'; '.join(found)}; {self._tail()}")
 

@@ -415,7 +415,7 @@ def server_command(
         command += ["--gpu-memory-utilization", str(options.memory)]
         if is_moe(options):
             command += ["--moe-backend", "triton"]
-        if setting.variant == "patched":
+        if setting.variant == "patched" and not is_moe(options):  # MoE models meet kernels of vLLM's own that compile
             command += ["--jit-monitor-mode", "error"]  # a kernel that compiles while it serves stops the server
     else:
         command += ["--max-num-seqs", "32"]

@@ -45,7 +45,7 @@ def test_vllm_serves_moe_without_lora():
     base, patched = (sv.server_command(asked, setting, [], 8.0, True) for setting in runs)
     assert "--enable-lora" not in patched
     assert base[base.index("--moe-backend") + 1] == "triton"
-    assert [word for word in patched if word not in base] == ["--jit-monitor-mode", "error"]
+    assert patched == base  # vLLM's own kernels may compile while it serves: our own are looked for in the log
     assert int(base[base.index("--max-model-len") + 1]) >= 1025
     switches = [sv.environment(asked, name) for name in ("base", "patched")]
     assert [env.get("MOE_OPS_VLLM") for env in switches] == [None, "1"]
