@@ -181,16 +181,15 @@ def test_each_run_must_make_new_steps(monkeypatch, tmp_path):
 
 def test_our_kernels_must_not_compile_while_a_server_serves(monkeypatch, tmp_path):
     log = tmp_path / "log"
-    log.write_text(
-        "WARNING Triton kernel JIT compilation during inference: _compute_slot_mapping_kernel. This causes\n"
-    )
+    line = "WARNING Triton kernel JIT compilation during inference: {}. This causes a latency spike\n"
+    log.write_text(line.format("_compute_slot_mapping_kernel"))
     server = ss.Server(ss.Setting("patched", 1, 8), None, 0, log, 1)
     monkeypatch.setattr(ss.state, "INTERVAL_S", 0)
     monkeypatch.setattr(ss.state, "processes", lambda: [status(2, hits=4, steps=3)])
     server.check()
     with log.open("a") as out:
         for name in ("gate_up_kernel", "shrink_kernel"):
-            out.write(f"WARNING Triton kernel JIT compilation during inference: {name}. This causes\n")
+            out.write(line.format(name))
     with pytest.raises(ss.ServerError, match="compiled gate_up_kernel, shrink_kernel while it served"):
         server.check(moved=False)
 
