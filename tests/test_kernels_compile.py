@@ -174,6 +174,7 @@ def run_lora(tensors: tuple, tiles) -> None:
     lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, tiles)
     lora_ops.launches.run_shrink(x, a, h, 0.5, tiles)
     lora_ops.launches.run_expand(h, b, y, 0, False, tiles)
+    lora_ops.launches.run_add(y, empty(*y.shape, dtype=y.dtype), tiles)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 1000, 2000, 9000])
