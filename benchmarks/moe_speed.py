@@ -80,6 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--commit", help="commit to write into the rows; default: git's")
     add("--report", action="store_true", help="only print the tables and draw the plots, from the CSV")
     options = parser.parse_args(argv)
+    if options.tokens and min(options.tokens) < 1:
+        parser.error(f"--tokens {min(options.tokens)}: give 1 or more")
     if options.impl is None:
         options.impl = [name for name, impl in IMPLS.items() if not (options.quick and impl.swept)]
     return options
@@ -231,10 +233,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         if path is None:
             raise SystemExit("--report needs --out, the folder of the CSV, where there is no GPU")
+        if not path.exists():
+            raise SystemExit(f"--report: there is no {path}")
         moe_report.show(read_rows(path, COLUMNS), out, console)
         return 0
 
     cases = choose_cases(options)
+    if not cases:
+        raise SystemExit("no layer of the grid has such a --dtype: name one with --model")
     with ExitStack() as stack:
         worker, missing = None, {}
         wanted = options.impl

@@ -167,13 +167,14 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
 
 def read(path: Path) -> files.ConfigFile:
     """Read a file; whatever is wrong with it is a problem in the result, never an exception."""
-    match = re.fullmatch(r"grouped_gemm_config_(\d+)_(\w+?)(?:_block\d+x\d+)?\.json", path.name)
+    match = re.fullmatch(r"grouped_gemm_config_(\d+)_(\w+?)(?:_block(\d+)x(\d+))?\.json", path.name)
     if not match:
         return files.ConfigFile({}, {}, {}, (f"{path}: the name has no hidden size and dtype",))
     itemsize = {"float32": 4, "fp8_w8a8": 1, "int8_w8a8": 1}.get(match[2], 2)
+    block_shape = (int(match[3]), int(match[4])) if match[3] else None
 
     def parse(name: str, entry: dict) -> tuple[str, LayerConfig]:
-        layer = parse_layer(name, int(match[1]))
+        layer = parse_layer(name, int(match[1]), block_shape=block_shape)
         config = LayerConfig(*(files.parse_fields(entry.get(half), MoeConfig) for half in ("gate_up", "down")))
         check(config, layer, itemsize)
         return layer.name, config

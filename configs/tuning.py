@@ -11,6 +11,7 @@ import csv
 import datetime
 import json
 import multiprocessing
+import os
 import queue
 import time
 import traceback
@@ -99,6 +100,20 @@ def gpu_name(gpus: list[int]) -> str:
     return names[0]
 
 
+def writable(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} is no folder for results: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} is no folder for results: it cannot be written")
+
+
 def metadata(gpu: str, package: str) -> dict[str, str]:
     """What stands in every file that a package's tuner writes, but for the command."""
     import torch
@@ -123,10 +138,13 @@ class Journal:
         if not resume:
             path.unlink(missing_ok=True)
         if path.exists():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            if text and not text.endswith("\n"):  # a run was killed while it wrote: the next record has its own line
+                path.write_text(text + "\n")
+            for line in text.splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:  # the run was killed while it wrote
+                except ValueError:
                     continue
                 if record.pop("settings", None) == settings:
                     self.records.append(record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -196,6 +198,15 @@ def grouped_gemm_scales(x, w, x_scale, w_scale, block_shape, out_dtype) -> None:
         raise TypeError(f"{op}: out_dtype is {out_dtype}, expected one of {', '.join(map(_dtype, KERNEL_DTYPES))}")
 
 
+def blocks_of_scales(op: str, block_shape: Sequence[int]) -> None:
+    """ValueError unless the kernels take weights with a scale for each such block."""
+    if len(block_shape) != 2 or block_shape[0] < 1 or block_shape[1] < K_GRANULE or block_shape[1] % K_GRANULE:
+        raise ValueError(
+            f"{op}: block_shape is {list(block_shape)}, expected (bn, bk) with bn at least 1 and bk a multiple of "
+            f"{K_GRANULE}"
+        )
+
+
 def weight_scale(op: str, name: str, scale: torch.Tensor | None, w: torch.Tensor, block_shape) -> None:
     """Checks the scale of quantised weights [E, N, K], see `reference.dequantize`."""
     experts, n, k = w.shape
@@ -203,11 +214,7 @@ def weight_scale(op: str, name: str, scale: torch.Tensor | None, w: torch.Tensor
         expected = ((experts,), (experts, 1), (experts, 1, 1), (experts, n), (experts, n, 1))
         text = f"[{experts}] or [{experts}, 1] (per tensor), [{experts}, {n}] or [{experts}, {n}, 1] (per channel)"
     else:
-        if len(block_shape) != 2 or block_shape[0] < 1 or block_shape[1] < K_GRANULE or block_shape[1] % K_GRANULE:
-            raise ValueError(
-                f"{op}: block_shape is {list(block_shape)}, expected (bn, bk) with bn at least 1 and bk a multiple of "
-                f"{K_GRANULE}"
-            )
+        blocks_of_scales(op, block_shape)
         blocks = (experts, -(-n // block_shape[0]), -(-k // block_shape[1]))
         expected, text = (blocks,), f"{list(blocks)}, one for each block of {block_shape[0]} x {block_shape[1]}"
     _scale(op, name, scale, w.device, expected, text)

@@ -29,6 +29,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ops_configs import files, moe, store, tuning
@@ -111,8 +112,7 @@ def chosen_targets(args: argparse.Namespace) -> dict[Target, str]:
     given = {size: value for size, value in given.items() if value is not None}
     found: list[tuple[str, Target]] = []
     for model in args.model:
-        of_model = model_target(model, args.dtype, block_shape)
-        found.append((Path(model).name, replace(of_model, layer=replace(of_model.layer, **given))))
+        found.append((Path(model).name, model_target(model, args.dtype, block_shape, given)))
     if args.layer:
         if args.model or set(given) != {"hidden"}:
             raise ValueError("--layer needs --hidden-size, and neither --model nor other sizes")
@@ -271,10 +271,11 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     limit = args.time_limit * 60
     try:
         name = tuning.gpu_name(gpus)
+        folder = args.out / files.gpu_folder(name)
+        tuning.writable(folder)
     except ValueError as error:
-        console.print(f"[red]{error}")
+        console.print(f"[red]{escape(str(error))}")
         return 1
-    folder = args.out / files.gpu_folder(name)
     meta = metadata(name, "moe_ops")
     same = {key: meta[key] for key in SOFTWARE}
     journal = Journal(folder / "tune_moe.jsonl", {**same, "routing": args.routing}, args.resume)
@@ -308,12 +309,18 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
 def tune_all(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     """Tune our kernels, then the hosts' own, as the arguments say; returns the exit code."""
     store.register_kernels("moe_ops", KERNELS)
+    hosts = import_module("ops_patches.moe_host_configs")
+    sizes = hosts.Sizes(list(args.targets), args.batch_size, args.routing)
+    wanted = {host: folder for host in hosts.HOSTS if (folder := getattr(args, f"write_{host}"))}
+    try:
+        for host, folder in wanted.items():
+            hosts.check(host, folder, sizes.targets)
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}")
+        return 2
     code = 0 if args.only_hosts else tune(args, gpus, console)
-    for host, folder in (("vllm", args.write_vllm), ("sglang", args.write_sglang)):
-        if folder:
-            hosts = import_module("ops_patches.moe_host_configs")
-            sizes = hosts.Sizes(list(args.targets), args.batch_size, args.routing)
-            hosts.write(host, folder, sizes, gpus[0], args.compile_processes, console)
+    for host, folder in wanted.items():
+        hosts.write(host, folder, sizes, gpus[0], args.compile_processes, console)
     return code
 
 

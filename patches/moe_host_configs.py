@@ -14,7 +14,7 @@ BLOCK_SIZE_M.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import re
@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ops_configs.tuning import writable
 
 MARGIN = 0.03
 """An entry is the host's own config unless another one is faster by this fraction, measured again."""
@@ -72,7 +74,9 @@ def write_file(path: Path, entries: Mapping[int, Config]) -> None:
     """Write a file of either host; entries of other numbers of tokens that it has stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {**(read_file(path) if path.exists() else {}), **entries}
-    path.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
+    part.replace(path)
 
 
 def read_file(path: Path) -> dict[int, Config]:
@@ -81,11 +85,14 @@ def read_file(path: Path) -> dict[int, Config]:
     Raises:
         ValueError: it is no such file.
     """
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object of configs by number of tokens")
-    content.pop("triton_version", None)
-    entries = {int(tokens): config for tokens, config in content.items()}
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("expected an object of configs by number of tokens")
+        content.pop("triton_version", None)
+        entries = {int(tokens): config for tokens, config in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for tokens, config in entries.items():
         if not isinstance(config, dict) or not isinstance(config.get("BLOCK_SIZE_M"), int):
             raise ValueError(f"{path}: the config for {tokens} tokens lacks BLOCK_SIZE_M")
@@ -96,11 +103,29 @@ def dtype_name(host: str, target) -> str | None:
     """What a host calls the dtype of a layer in the name of its file.
 
     Raises:
-        ValueError: vLLM's int8_w8a8 layers read the unquantised layers' files.
+        ValueError: vLLM's int8_w8a8 layers read the unquantised layers' files; neither runs int8_w8a16 in blocks.
     """
+    if target.dtype == "int8_w8a16" and target.layer.block_shape:
+        raise ValueError(f"{host} runs no int8_w8a16 with scales of blocks: leave out --block-shape")
     if host == "vllm" and target.dtype == "int8_w8a8":
         raise ValueError("vLLM has no file of its own for int8_w8a8: it reads the unquantised layer's")
     return None if target.dtype in ("float16", "bfloat16") else target.dtype
+
+
+def check(name: str, folder: Path, targets: list) -> None:
+    """Look for what would end `write` before anything is measured.
+
+    Raises:
+        ValueError: the host is not installed, has no file for such a layer, or cannot read what stands in the folder;
+            or the folder cannot be written.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"--write-{name} measures {name}'s own kernel: {name} is not installed here")
+    for target in targets:
+        dtype_name(name, target)
+    writable(folder)
+    for path in folder.rglob("E=*.json"):
+        read_file(path)
 
 
 def host_config(config) -> Config:
@@ -138,6 +163,7 @@ class Vllm:
         self.package = importlib.import_module(folder)
         self.kernels = importlib.import_module(f"{folder}.fused_moe")
         self.quant = importlib.import_module(f"{folder}.config")
+        self.activation = importlib.import_module(f"{folder}.activation").MoEActivation
 
     def default(self, target, tokens: int) -> Pair:
         """What vLLM would run: from its own files, or its heuristic."""
@@ -158,8 +184,10 @@ class Vllm:
     def run(self, batch, i: int) -> Any:
         (hidden, w13, w2, weights, ids), keywords = batch.arguments(i)
         experts_over_all = len(keywords["expert_map"]) if keywords["expert_map"] is not None else -1
+        silu = self.activation.SILU if batch.bench.layer.gated else self.activation.SILU_NO_MUL
         return self.kernels.fused_experts(
             *(hidden, w13, w2, weights, ids),
+            activation=silu,
             global_num_experts=experts_over_all,
             expert_map=keywords["expert_map"],
             quant_config=self._quant_config(batch.bench.layer, keywords),
@@ -367,26 +395,15 @@ def tune_case(host, timer: Timer, target, tokens: int, itemsize: int, default: P
 
 
 def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, console) -> None:
-    """Sweep a host's fused MoE kernel on one GPU, and write its files.
-
-    Args:
-        name: one of HOSTS.
-
-    Raises:
-        ImportError: the host is not installed.
-        ValueError: the host has no file for such a layer.
-    """
+    """Sweep a host's fused MoE kernel on one GPU, and write its files; name: one of HOSTS, see `check`."""
     import torch
     from rich.progress import Progress
 
     from moe_ops.tuning.measure import Bench
 
-    for target in sizes.targets:
-        dtype_name(name, target)
     host = _host(name)
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
-    folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool, Progress(console=console) as progress:
         task = progress.add_task(f"{name}'s kernel", total=len(sizes.targets) * len(sizes.tokens))

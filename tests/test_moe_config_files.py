@@ -285,6 +285,16 @@ def test_each_half_takes_its_own_switches():
         moe.check(wide, replace(blocks, intermediate=blocks.intermediate + 16), 1)
 
 
+def test_a_file_is_checked_with_the_blocks_of_its_name(tmp_path):
+    down = replace(CONFIG.down, block_n=64, block_k=128, stationary=True)
+    entry = moe.entry(replace(CONFIG, down=down), 1.0, 2.0)
+    layer = replace(LAYER, intermediate=moe.STATIONARY_STEPS * 128)
+    for block, problems in ((128, 0), (64, 1)):
+        path = tmp_path / moe.file_name(layer.hidden, "fp8_w8a8", (128, block))
+        path.write_text(json.dumps({"entries": {layer.name: {"64": entry}}}))
+        assert len(moe.read(path).problems) == problems
+
+
 @pytest.mark.parametrize("block_k", [32, 64, 128])
 def test_stationary_default_counts_the_steps_that_scale_blocks_leave(block_k):
     layer = MoeLayer(64, 8, 2048, 4 * block_k, quant="fp8_w8a8", block_shape=(128, block_k))

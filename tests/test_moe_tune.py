@@ -106,9 +106,10 @@ def test_layers_from_a_config_json(tmp_path):
     path.write_text(json.dumps({"hidden_size": 64, "intermediate_size": 32}))
     with pytest.raises(ValueError, match="num_local_experts"):
         model_target(str(path))
-    path.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        model_target(str(path))
+    for text, said in (("{", "no JSON"), ("[]", "holds no object")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            model_target(str(path))
     with pytest.raises(ValueError, match="neither"):
         model_target(str(tmp_path / "nowhere"))
 
@@ -129,6 +130,34 @@ def test_an_unknown_quantisation_says_what_to_do(tmp_path, method):
     with pytest.raises(ValueError, match=rf"{method}.*--dtype bfloat16"):
         model_target(str(path))
     assert model_target(str(path), "bfloat16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("fp8", "expected an object"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "expected two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 7]}, "multiple of 32"),
+    ],
+)
+def test_a_quantisation_that_is_none_is_one_error(tmp_path, config, said):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG_JSON, "quantization_config": config}))
+    with pytest.raises(ValueError, match=said):
+        model_target(str(path))
+
+
+def test_sizes_as_options_replace_those_of_a_model_or_fill_in(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({name: CONFIG_JSON[name] for name in ("hidden_size", "intermediate_size", "num_experts")})
+    )
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        model_target(str(path))
+    line = f"--model {path} qwen3-30b-a3b --topk 4 --intermediate-size 96"
+    found = [what.layer for what in tune.arguments(line.split()).targets]
+    assert found == [MoeLayer(12, 4, 640, 96), MoeLayer(128, 4, 2048, 96)]
 
 
 def test_tensor_and_expert_parallel_layers():
@@ -152,6 +181,7 @@ def test_tensor_and_expert_parallel_layers():
         f"{SIZES} --dtype mxfp4",
         f"{SIZES} --block-shape 128,128",
         f"{SIZES} --dtype fp8_w8a8 --block-shape 128",
+        f"{SIZES} --dtype fp8_w8a8 --block-shape 128,7",
         f"{SIZES} --tp 0",
         f"{SIZES} --ep 3",
         f"{SIZES} --only-hosts",
@@ -609,6 +639,14 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     assert len(other.measured) == 12
 
 
+def test_a_line_cut_short_costs_that_record_alone(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    tune.Journal(path, {}, True).add({"n": 1})
+    path.write_text(path.read_text() + '{"settings": {}, "n"')
+    tune.Journal(path, {}, True).add({"n": 2})
+    assert [record["n"] for record in tune.Journal(path, {}, True).records] == [1, 2]
+
+
 def test_a_second_measurement_of_another_config_does_not_count(monkeypatch, tmp_path):
     line = [*SIZES.split(), "--batch-size", "1", "64", "--out", str(tmp_path)]
     FakeGpu(monkeypatch)
@@ -633,10 +671,35 @@ def test_what_a_time_limit_leaves_is_named(monkeypatch, tmp_path, capsys):
 
 def test_hosts_alone(monkeypatch, tmp_path):
     fake, written = FakeGpu(monkeypatch), []
+    monkeypatch.setitem(sys.modules, "sglang", SimpleNamespace(__spec__="installed"))
     monkeypatch.setattr(hosts, "write", lambda host, folder, sizes, *_: written.append((host, folder, sizes.targets)))
     line = [*SIZES.split(), "--out", str(tmp_path / "ours"), "--only-hosts", "--write-sglang", str(tmp_path)]
     assert tune.main(line) == 0
     assert written == [("sglang", tmp_path, [Target(MoeLayer(4, 2, 64, 32))])]
+    assert fake.measured == []
+
+
+def test_a_folder_that_is_none_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    fake = FakeGpu(monkeypatch)
+    (tmp_path / "file").write_text("")
+    assert tune.main([*SIZES.split(), "--out", str(tmp_path / "file")]) == 1
+    assert "is no folder for results" in " ".join(capsys.readouterr().out.split())
+    assert fake.measured == []
+
+
+@pytest.mark.parametrize("wrong", ["no host", "no such layer", "a broken file", "no folder"])
+def test_what_a_host_cannot_take_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys, wrong):
+    fake = FakeGpu(monkeypatch)
+    monkeypatch.setitem(sys.modules, "vllm", None if wrong == "no host" else SimpleNamespace(__spec__="installed"))
+    folder = tmp_path / "E=1.json" if wrong == "no folder" else tmp_path
+    line = [*SIZES.split(), "--out", str(tmp_path / "ours"), "--write-vllm", str(folder)]
+    if wrong == "no such layer":
+        line += ["--dtype", "int8_w8a8"]
+    if wrong in ("a broken file", "no folder"):
+        (tmp_path / "E=1.json").write_text("{")
+    assert tune.main(line) == 2
+    said = {"no host": "vllm is not installed", "no such layer": "int8_w8a8", "a broken file": "Expecting"}
+    assert said.get(wrong, "is no folder for results") in " ".join(capsys.readouterr().out.split())
     assert fake.measured == []
 
 
@@ -692,13 +755,30 @@ def test_a_file_of_a_host_is_read_back(tmp_path):
     assert hosts.read_file(path) == {1: entries[1]}
     for text in ("[]", '{"x": {}}', '{"1": {}}', "{"):
         path.write_text(text)
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError, match=str(path)):
             hosts.read_file(path)
 
 
-def test_vllm_has_no_file_for_int8_w8a8():
+def test_a_file_of_a_host_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    entries, path = host_configs(), tmp_path / "a.json"
+    hosts.write_file(path, entries)
+
+    def cut_short(self, text):
+        self.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        hosts.write_file(path, entries)
+    assert hosts.read_file(path) == entries
+
+
+def test_what_the_hosts_have_no_file_for():
     with pytest.raises(ValueError, match="int8_w8a8"):
         hosts.dtype_name("vllm", target(QWEN, "int8_w8a8"))
+    for host in hosts.HOSTS:
+        with pytest.raises(ValueError, match=f"{host} runs no int8_w8a16"):
+            hosts.dtype_name(host, target(QWEN, "int8_w8a16", (128, 128)))
     assert hosts.dtype_name("sglang", target(QWEN, "int8_w8a8")) == "int8_w8a8"
 
 
@@ -724,6 +804,15 @@ class FakeTimer:
     def best_of(self, start, found):
         best = min([start, *found], key=self.us)
         return best, self.us(best)
+
+
+@pytest.mark.parametrize(("gated", "expected"), [(True, "silu"), (False, "silu_no_mul")])
+def test_vllm_measures_the_layer_with_or_without_ups(gated, expected):
+    vllm = object.__new__(hosts.Vllm)
+    vllm.activation = SimpleNamespace(SILU="silu", SILU_NO_MUL="silu_no_mul")
+    vllm.kernels = SimpleNamespace(fused_experts=lambda *args, **keywords: keywords["activation"])
+    bench = measure.Bench(Target(MoeLayer(4, 2, 64, 32, gated), "float32"), CPU, clock=False)
+    assert vllm.run(bench.batch(3), 0) == expected
 
 
 def test_a_host_gets_its_own_config_unless_another_is_faster():

@@ -339,6 +339,21 @@ def test_report_and_plots_from_the_csv(tmp_path, capsys):
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--report --out nowhere", "there is no nowhere/ops_moe.csv"),
+        ("--tokens 4 0", "--tokens 0: give 1 or more"),
+        ("--dtype fp8", "no layer of the grid has such a --dtype"),
+    ],
+)
+def test_bad_arguments_are_one_error(line, said, monkeypatch, capsys):
+    monkeypatch.setattr(moe_speed, "ON_GPU", False)
+    with pytest.raises(SystemExit) as stopped:
+        run(*line.split())
+    assert said in f"{stopped.value} {capsys.readouterr().err}"
+
+
 def test_a_red_row_is_no_time_in_the_table():
     console = Console(width=200, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
     rows = [

@@ -53,7 +53,7 @@ def pointwise(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2 z)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
-        positive = tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return positive * positive
 
 
@@ -61,8 +61,9 @@ def pointwise(x, ACTIVATION: tl.constexpr):
 def gated(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     """reference.activate of gates and ups, in fp32."""
     if ACTIVATION == "swiglu_oai":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
         return gate * tl.sigmoid(alpha * gate) * (up + 1.0)
     else:
         return pointwise(gate, ACTIVATION) * up

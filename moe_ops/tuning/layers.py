@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from ops_configs.moe import QUANTS, MoeLayer
+
+from .. import checks
 
 DTYPES = ("float16", "bfloat16", "float32", *QUANTS)
 MODELS = {
@@ -47,45 +50,62 @@ def quantisation(config: Mapping) -> tuple[str | None, tuple[int, int] | None]:
     """(quant, block_shape) from the quantization_config of a config.json; (None, None) without one.
 
     Raises:
-        ValueError: a method whose kernels are not ours.
+        ValueError: a method whose kernels are not ours, or nothing that is one.
     """
     found = config.get("quantization_config") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"quantization_config is {found!r}, expected an object with quant_method")
     method = found.get("quant_method")
-    block = found.get("weight_block_size")
+    blocks = _blocks(found, "weight_block_size")
     if not found:
         return None, None
     if method in ("fp8", "w8a8_fp8"):
-        return "fp8_w8a8", tuple(block) if block else None
+        return "fp8_w8a8", blocks
     if method in ("int8", "w8a8_int8", "blockwise_int8"):
-        return "int8_w8a8", tuple(block) if block else None
+        return "int8_w8a8", blocks
     if method == "compressed-tensors":
         for group in (found.get("config_groups") or {}).values():
             weights, inputs = group.get("weights") or {}, group.get("input_activations")
             kind = {"float": "fp8", "int": "int8"}.get(weights.get("type")) if weights.get("num_bits") == 8 else None
             quant = kind and f"{kind}_{'w8a8' if inputs else 'w8a16'}"
-            block = weights.get("block_structure") if weights.get("strategy") == "block" else None
             if quant in QUANTS:
-                return quant, tuple(block) if block else None
+                return quant, _blocks(weights, "block_structure") if weights.get("strategy") == "block" else None
     raise ValueError(
         f"quantisation {method!r} is none of {', '.join(QUANTS)}: its experts run on other kernels; "
         "give --dtype bfloat16 to tune the unquantised layer"
     )
 
 
-def model_target(model: str, dtype: str = "auto", block_shape: tuple[int, int] | None = None) -> Target:
+def _blocks(found: Mapping, name: str) -> tuple[int, int] | None:
+    """[n, k] of the blocks that share a scale."""
+    sizes = found.get(name)
+    if not sizes:
+        return None
+    if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int]:
+        raise ValueError(f"{name} is {sizes!r}, expected two sizes such as [128, 128]")
+    return tuple(sizes)
+
+
+def model_target(
+    model: str,
+    dtype: str = "auto",
+    block_shape: tuple[int, int] | None = None,
+    given: Mapping[str, int] = MappingProxyType({}),
+) -> Target:
     """The MoE layer of a named model, or of a config.json or its folder.
 
     Args:
         dtype: one of DTYPES; "auto": as the model comes.
         block_shape: of the scales, in place of the model's.
+        given: sizes of FIELDS, in place of the model's, or where a config.json lacks them.
 
     Raises:
         ValueError: no such model or file, or a config that lacks sizes or has an unknown quantisation.
     """
     if model in MODELS:
-        layer, hidden_dtype = MODELS[model], "bfloat16"
+        layer, hidden_dtype = replace(MODELS[model], **given), "bfloat16"
     else:
-        layer, hidden_dtype = _read(model, auto=dtype == "auto")
+        layer, hidden_dtype = _read(model, dtype == "auto", given)
     return target(layer, hidden_dtype if dtype == "auto" and layer.quant is None else dtype, block_shape)
 
 
@@ -93,7 +113,7 @@ def target(layer: MoeLayer, dtype: str = "auto", block_shape: tuple[int, int] | 
     """A layer in a dtype of DTYPES; "auto": the layer's own.
 
     Raises:
-        ValueError: a block shape for weights that are not quantised.
+        ValueError: a block shape for weights that are not quantised, or one that no kernel takes.
     """
     if dtype != "auto":
         quant = dtype if dtype in QUANTS else None
@@ -102,10 +122,12 @@ def target(layer: MoeLayer, dtype: str = "auto", block_shape: tuple[int, int] | 
         if layer.quant is None:
             raise ValueError("--block-shape is for quantised weights: give --dtype too")
         layer = replace(layer, block_shape=block_shape)
+    if layer.block_shape:
+        checks.blocks_of_scales("tune", layer.block_shape)
     return Target(layer, "bfloat16" if layer.quant or dtype == "auto" else dtype)
 
 
-def _read(model: str, auto: bool) -> tuple[MoeLayer, str]:
+def _read(model: str, auto: bool, given: Mapping[str, int]) -> tuple[MoeLayer, str]:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -114,12 +136,13 @@ def _read(model: str, auto: bool) -> tuple[MoeLayer, str]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    inner = config.get("text_config") or {}
-    config = {**config, **inner}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no object: it is no model's config.json")
+    config |= config.get("text_config") or {}
     sizes = {
         size: next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
         for size, names in FIELDS.items()
-    }
+    } | given
     if missing := [FIELDS[size][0] for size, value in sizes.items() if value is None]:
         raise ValueError(f"{path} has no MoE layer, or lacks {', '.join(missing)}: give the sizes as options")
     try:

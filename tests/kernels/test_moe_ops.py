@@ -125,6 +125,21 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.parametrize("tokens", [1, 20], ids=["choice by choice", "with a plan"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_nan_stays_nan(activation, gated, tokens, device):
+    """What is no number must not be clamped to one."""
+    if activation == "swiglu_oai" and not gated:
+        pytest.skip("it needs a gate")
+    case = Case("", tokens=tokens, options={"activation": activation, "gated": gated})
+    layer = make_layer(case, torch.float16, device)
+    layer["hidden"][0, 3] = nan
+    ours = moe_ops.fused_experts(**layer)
+    assert ours[0].isnan().all()
+    assert ours[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layer(case, dtype, device, poisoned):
     layer = make_layer(case, dtype, device)
