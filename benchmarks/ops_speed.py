@@ -38,7 +38,7 @@ from problem import DTYPES, Problem, make_problem, max_rel_error, reference, tol
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from running import RESULTS, append_rows, git_commit, progress_bar, read_rows, run_ahead, unusable_configs
+from running import RESULTS, append_rows, git_commit, positive, progress_bar, read_rows, run_ahead, unusable_configs
 from shapes import DISTRIBUTIONS, GRID, MODELS, QUICK_GRID, TINY_GRID, Case, floor_us
 from timing import COLD_BYTES, H200_CEILINGS, Timing, capture, graph_time, measured_ceilings
 
@@ -79,9 +79,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="rank 16 and (tokens, adapters) (1, 1), (64, 32), (8192, 8) only")
     add("--model", choices=MODELS, help="default: llama3-8b on a GPU, tiny without")
     add("--module", nargs="+", choices=("qkv", "o", "gate_up", "down"), metavar="NAME", help="qkv, o, gate_up, down")
-    add("--rank", nargs="+", type=int, help="default: 16 64")
-    add("--tokens", nargs="+", type=int, help="these token counts of the grid; with --adapters: their product")
-    add("--adapters", nargs="+", type=int, help="these adapter counts of the grid; with --tokens: their product")
+    add("--rank", nargs="+", type=positive(int), help="default: 16 64")
+    add(
+        "--tokens", nargs="+", type=positive(int), help="these token counts of the grid; with --adapters: their product"
+    )
+    add(
+        "--adapters",
+        nargs="+",
+        type=positive(int),
+        help="these adapter counts of the grid; with --tokens: their product",
+    )
     add("--impl", nargs="+", choices=IMPLS, default=list(IMPLS), metavar="NAME", help=", ".join(IMPLS))
     add("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on a GPU, fp16 without")
     add("--cache", nargs="+", choices=CACHES, default=list(CACHES))
@@ -99,7 +106,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--commit", help="commit to write into the rows; default: git's")
     add("--report", action="store_true", help="only print the table and draw the plots, from the CSV")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not 0 <= options.none_fraction <= 1:
+        parser.error(f"--none-fraction is a share from 0 to 1, got {options.none_fraction}")
+    return options
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:

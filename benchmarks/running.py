@@ -1,7 +1,8 @@
-"""What the op benchmarks share: the CSV they write, the processes that compile ahead, the progress bar."""
+"""What the benchmarks share: arguments; of ops the CSV, the processes that compile ahead, the progress bar."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import math
@@ -20,6 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def positive(kind):
+    """An argparse type: a number of this kind above 0."""
+
+    def read(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it for what is no number
+    return read
+
+
 def git_commit() -> str:
     command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]
     with contextlib.suppress(OSError):
@@ -30,6 +44,8 @@ def git_commit() -> str:
 
 
 def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise SystemExit(f"no measurement in {path}")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != columns:

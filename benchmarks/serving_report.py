@@ -30,7 +30,10 @@ def read(path: Path) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
-    rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"retention": [""]})
+    try:
+        rows = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={"retention": [""]})
+    except ValueError as error:  # empty, no text or no table
+        raise SystemExit(f"{path} cannot be read: {error}: move it away, or choose another --out") from error
     if missing := set(COLUMNS) - set(rows.columns):
         raise SystemExit(
             f"{path} lacks the columns {', '.join(sorted(missing))}: move it away, or choose another --out"

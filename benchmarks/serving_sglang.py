@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def server_command(
     command += ["--disable-radix-cache", "--tp-size", str(options.tp)]
     command += ["--max-running-requests", at_once, "--mem-fraction-static", str(options.memory)]
     command += ["--disable-cuda-graph"] if options.eager else ["--cuda-graph-max-bs-decode", at_once]
-    return command + shlex.split(options.server_args)
+    return command + options.server_args
 
 
 def environment(options: argparse.Namespace, variant: str) -> dict[str, str]:

@@ -50,6 +50,7 @@ import vllm_agreement
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from running import positive
 from serving_server import (
     LORA,
     VLLM,
@@ -121,18 +122,6 @@ class Machine:
         return self.gpu != "CPU"
 
 
-def positive(kind):
-    """An argparse type: a number of this kind above 0."""
-
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return read
-
-
 def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
     """What every host's benchmark takes; `name` is its own."""
     add = parser.add_argument
@@ -147,7 +136,12 @@ def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
     add("--tp", type=count, default=1, help="GPUs of tensor parallelism")
     add("--memory", type=number, default=0.9, help="share of the GPU's memory for the server")
     add("--load-format", default="dummy", choices=("dummy", "safetensors"), help="safetensors: write the weights too")
-    add("--server-args", default="", help="more arguments for the server, in one string, e.g. --server-args=--x=1")
+    add(
+        "--server-args",
+        type=shlex.split,
+        default="",
+        help="more arguments for the server, in one string, e.g. --server-args=--x=1",
+    )
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs; always on the CPU")
     add("--time-limit", type=number, default=math.inf, help="seconds after which no client run or server is started")
     add("--start-timeout", type=number, default=600, help="seconds for a server to start")
@@ -429,7 +423,7 @@ def server_command(
         command += ["--max-cpu-loras", str(max(setting.max_loras, len(names)) + 1)]
         if names:
             command += ["--lora-modules", *(f"{name}={adapter_folder(options, name)}" for name in names)]
-    return command + shlex.split(options.server_args)
+    return command + options.server_args
 
 
 def environment(options: argparse.Namespace, variant: str) -> dict[str, str]:
@@ -612,6 +606,11 @@ def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> 
     options.work = options.work.resolve()
     runs = plan(options)
     report.read(path)  # a file that is not ours is found now, not after the first measurement
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise SystemExit(f"{path.parent} cannot be written: {error}: choose another --out") from error
     if options.resume:
         runs = left_to_do(runs, options, machine, path)
     with tempfile.TemporaryDirectory(prefix=f"{name}_status_") as status_folder:

@@ -600,7 +600,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.cpu_slots < options.slots:
         parser.error(f"--cpu-slots {options.cpu_slots} is less than --slots {options.slots}")
     for name in ("minutes", "swaps", "slots", "rank", "layers"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if options.longest_prompt < 2 or not 1 <= options.longest_answer <= 2048 - options.longest_prompt:
         parser.error("--longest-prompt and --longest-answer must fit into 2048 tokens together")

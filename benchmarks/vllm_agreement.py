@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from running import positive
 
 ENGINES = ("base", "stock", "patched")
 VARIANTS = ("reference", *ENGINES)
@@ -93,11 +94,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="compare what --out holds")
     add("--out", type=Path, required=True, help="folder of the results")
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "vllm_agreement"), help="folder of the checkpoint")
-    add("--adapters", type=int, default=32)
-    add("--rank", type=int, default=16)
-    add("--tp", type=int, default=1, help="GPUs of tensor parallelism")
+    add("--adapters", type=positive(int), default=32)
+    add("--rank", type=positive(int), default=16)
+    add("--tp", type=positive(int), default=1, help="GPUs of tensor parallelism")
     add("--fully-sharded", action="store_true", help="shard both LoRA matrices")
-    add("--requests", nargs="+", type=int, default=[1, 16, 64, 256], help="requests at once, ascending")
+    add("--requests", nargs="+", type=positive(int), default=[1, 16, 64, 256], help="requests at once, ascending")
     add("--no-speed", action="store_true", help="leave the timings out")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     add("--memory", type=float, default=0.6, help="gpu_memory_utilization")

@@ -139,15 +139,16 @@ class Journal:
             path.unlink(missing_ok=True)
         if path.exists():
             text = path.read_text()
-            if text and not text.endswith("\n"):  # a run was killed while it wrote: the next record has its own line
-                path.write_text(text + "\n")
             for line in text.splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except ValueError:  # the run was killed while it wrote
                     continue
                 if record.pop("settings", None) == settings:
                     self.records.append(record)
+            if text and not text.endswith("\n"):
+                with path.open("a") as file:
+                    file.write("\n")  # the next record gets a line of its own
 
     def add(self, record: dict) -> None:
         self.records.append(record)

@@ -201,6 +201,8 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
 )
 def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_place):
     op = "lora_join"
+    checks.matrix(op, "y", y, delta.device, delta.shape[1])
+    checks.same_rows(op, x=x.shape[0], y=y.shape[0])
     kernels = uses_kernels(lora_a[0])
     add = functools.partial(run_add, y, delta)
     if in_place and kernels:

@@ -101,7 +101,7 @@ def lora_linear(
 
 def lora_add(y: torch.Tensor, delta: torch.Tensor, plan: HasTokenSlots) -> None:
     """y[m] += delta[m] for the plan's rows with an adapter, summed in fp32; delta may have more rows than y."""
-    rows = (plan.token_slots >= 0).nonzero()[:, 0]
+    rows = (plan.token_slots[: y.shape[0]] >= 0).nonzero()[:, 0]
     y[rows] = (y[rows].float() + delta[rows].float()).to(y.dtype)
 
 

@@ -26,6 +26,7 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ops_configs import files, store, tuning
@@ -58,8 +59,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, help="input size of one layer, with --widths")
     parser.add_argument("--widths", help="widths of its slices: 4096,1024,1024")
     parser.add_argument("--tp", nargs="+", type=int, default=[1], help="tensor parallel sizes, for --model")
-    parser.add_argument("--ranks", nargs="+", type=int, help=f"default {' '.join(map(str, RANKS))}, up to --max-rank")
-    parser.add_argument("--max-rank", type=int, default=max(RANKS))
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, help=f"default: --max-rank, and below it {' '.join(map(str, RANKS))}"
+    )
+    parser.add_argument("--max-rank", type=int, default=max(RANKS), help="of the server: vLLM runs all adapters at it")
     parser.add_argument("--max-loras", type=int, default=64, help="adapters in a batch at most")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(store.BUCKETS), help="row buckets to measure")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="fp16 and bf16 share the files")
@@ -78,8 +81,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.layers = chosen_layers(args)
     except ValueError as error:
         parser.error(str(error))
-    args.ranks = sorted(set(args.ranks or [rank for rank in RANKS if rank <= args.max_rank]))
-    if not args.ranks or not all(1 <= rank <= MAX_RANK for rank in args.ranks):
+    args.ranks = sorted(set(args.ranks or [*(rank for rank in RANKS if rank < args.max_rank), args.max_rank]))
+    if not all(1 <= rank <= MAX_RANK for rank in args.ranks):
         parser.error(f"ranks are {args.ranks}, expected some of 1 to {MAX_RANK}: see --ranks and --max-rank")
     if unknown := [n for n in args.tokens if n not in store.BUCKETS]:
         parser.error(f"--tokens {unknown}: there are {', '.join(map(str, store.BUCKETS))}")
@@ -246,10 +249,11 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     limit = args.time_limit * 60
     try:
         name = tuning.gpu_name(gpus)
+        folder = args.out / files.gpu_folder(name)
+        tuning.writable(folder)
     except ValueError as error:
-        console.print(f"[red]{error}")
+        console.print(f"[red]{escape(str(error))}")
         return 1
-    folder = args.out / files.gpu_folder(name)
     meta = metadata(name, "lora_ops")
     same = {key: meta[key] for key in SOFTWARE}
     journal = Journal(folder / "tune.jsonl", {**same, "max_loras": args.max_loras, "dtype": args.dtype}, args.resume)
@@ -277,10 +281,17 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
 def tune_all(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     """Tune our kernels, then vLLM's own, as the arguments say; returns the exit code."""
     store.register_kernels("lora_ops", KERNELS)
+    if args.write_vllm:
+        hosts = import_module("ops_patches.vllm_lora_configs")
+        try:
+            hosts.kernels()
+            tuning.writable(args.write_vllm)
+        except (ImportError, ValueError) as error:
+            console.print(f"[red]--write-vllm: {escape(str(error))}")
+            return 2
     code = 0 if args.only_vllm else tune(args, gpus, console)
     if args.write_vllm:
         layers = [(layer.k, layer.widths) for layer in args.layers]
-        hosts = import_module("ops_patches.vllm_lora_configs")
         sizes = hosts.Sizes(layers, args.ranks, args.tokens, args.max_loras, DTYPES[args.dtype])
         hosts.write(args.write_vllm, sizes, gpus[0], args.compile_processes, console)
     return code

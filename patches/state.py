@@ -5,6 +5,7 @@ process exits, and skipped and cleaned when its process is gone.
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -64,7 +65,8 @@ def publish(force: bool = False) -> None:
 
 def remove() -> None:
     """Remove this process's status file."""
-    _file(os.getpid()).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _file(os.getpid()).unlink()
 
 
 def processes() -> list[dict]:
@@ -73,12 +75,14 @@ def processes() -> list[dict]:
     for path in sorted(directory().glob("*.json"), key=lambda path: path.name.zfill(24)):
         try:
             status = json.loads(path.read_text())
-        except (FileNotFoundError, PermissionError, json.JSONDecodeError):
+            alive = _alive(status)
+        except (OSError, ValueError, KeyError, TypeError):  # gone meanwhile, another user's, or none of ours
             continue
-        if _alive(status):
+        if alive:
             found.append(status)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     return found
 
 

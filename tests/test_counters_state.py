@@ -139,10 +139,20 @@ def test_a_killed_process_that_nobody_waited_for_is_dead(files):
     sleeper.wait()
 
 
-def test_a_broken_file_is_skipped(files):
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"name": "package"}'])
+def test_a_broken_or_foreign_file_is_skipped(files, content):
     state.publish()
-    (state.directory() / "12.json").write_text("{")
+    other = state.directory() / "12.json"
+    other.write_bytes(content)
     assert [status["pid"] for status in state.processes()] == [os.getpid()]
+    assert other.read_bytes() == content
+
+
+def test_a_dead_process_of_another_user_is_skipped(files, monkeypatch):
+    state.directory().mkdir()
+    (state.directory() / "1.json").write_text(json.dumps({"pid": 1, "started": -1}))
+    monkeypatch.setattr(os, "unlink", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError))
+    assert state.processes() == []
 
 
 def test_another_process_sees_the_file_until_this_one_ends(files):
@@ -174,6 +184,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(files, tmp_path, monkeyp
     monkeypatch.setenv(state.STATUS_DIR, str(tmp_path / "file"))
     state.publish(force=True)
     state.publish(force=True)
+    state.remove()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert state.STATUS_DIR in caplog.text
 

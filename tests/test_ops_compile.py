@@ -117,6 +117,13 @@ def test_beside_with_a_plan_larger_than_the_batch():
     small.update([1] * M)
     lora_ops.reference.lora_linear(expected, x, a, b, small)
     torch.testing.assert_close(y, expected)
+    plan.update([1] * (M + 2))
+    base = torch.randn_like(y)
+    expected = base.clone()
+    lora_ops.reference.lora_linear(expected, x, a, b, small)
+    torch.ops.lora_ops.lora_delta(delta, x, a, b, *plan_args(plan), 1.0)
+    torch.ops.lora_ops.lora_join(delta, base, *arguments, True)
+    torch.testing.assert_close(base, expected)
 
 
 def test_beside_leaves_rows_that_nobody_wrote_out():

@@ -76,6 +76,25 @@ def test_linear(change, error, message):
     assert torch.equal(arguments["y"], before)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("y", "error", "message"),
+    [
+        (torch.zeros(M, N + 1), ValueError, r"y has shape \(4, 25\), expected \[rows, 24\]"),
+        (torch.zeros(M, N - 1), ValueError, r"y has shape \(4, 23\), expected \[rows, 24\]"),
+        (torch.zeros(M + 1, N), ValueError, "row counts differ: x 4, y 5"),
+        (torch.zeros(N, M).T, ValueError, "y has strides .* must be contiguous"),
+        (torch.zeros(M, N, dtype=torch.int8), TypeError, "y is torch.int8"),
+    ],
+)
+def test_output_of_the_layer_beside(y, error, message, in_place):
+    arguments = good()
+    del arguments["y"]
+    with pytest.raises(error, match=f"^lora_join: {message}"):
+        lora_ops.linear_beside(lambda: y, **arguments, in_place=in_place)
+    assert not y.any()
+
+
 def test_every_message_names_the_op():
     with pytest.raises(ValueError, match=r"^lora_linear: "):
         lora_ops.lora_linear(**(good() | {"offset": 1}))

@@ -161,6 +161,18 @@ def test_foreign_csv_is_not_appended_to(tmp_path):
         run(*TINY, "--out", str(tmp_path))
 
 
+@pytest.mark.parametrize("words", ["--rank 0", "--tokens 0", "--adapters -1", "--none-fraction 2"])
+def test_bad_arguments_are_named(words, capsys):
+    with pytest.raises(SystemExit):
+        run(*words.split())
+    assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"no measurement in .*ops_lora\.csv"):
+        run("--report", "--out", str(tmp_path))
+
+
 def test_floor():
     # gate_up of Llama-3-8B, 64 tokens over 32 adapters of rank 16: x, A, B once, y twice, 2 bytes each
     case = Case("llama3-8b", MODELS["llama3-8b"][2], rank=16, tokens=64, adapters=32)

@@ -67,6 +67,8 @@ def test_the_rank_curve_gives_each_rank_what_it_needs_or_one_server_all():
         (("--rank", "64", "--max-rank", "32"), "too small for adapters of rank 64"),
         (("--input-len", "9000"), "exceed the 8192 tokens"),
         (("--concurrency", "0"), "not above 0"),
+        (("--layers", "x"), "--layers: invalid int value: 'x'"),
+        (("--server-args", '"'), "--server-args: invalid split value"),
         (("--concurrency", "--request-rate"), "--concurrency or --request-rate"),
     ],
 )
@@ -376,6 +378,21 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
     (tmp_path / "serving_vllm.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="lacks the columns"):
         report.read(tmp_path / "serving_vllm.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
+def test_a_csv_that_cannot_be_read_is_refused(content, tmp_path):
+    (tmp_path / "serving_vllm.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"serving_vllm\.csv cannot be read"):
+        report.read(tmp_path / "serving_vllm.csv")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_server_starts(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sv, "look_at_machine", lambda *args: MACHINE)
+    monkeypatch.setattr(sv, "measure_all", lambda *args: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"file cannot be written: .*choose another --out"):
+        sv.main(["--out", str(tmp_path / "file")])
 
 
 def test_no_server_is_started_when_time_is_over(monkeypatch, tmp_path, capsys):

@@ -114,7 +114,15 @@ def test_a_last_window_that_is_slower(report):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--adapters 2", "--concurrency 3", "--cpu-slots 2", "--minutes 0", "--swaps -1", "--longest-prompt 2048"],
+    [
+        "--adapters 2",
+        "--concurrency 3",
+        "--cpu-slots 2",
+        "--minutes 0",
+        "--minutes nan",
+        "--swaps -1",
+        "--longest-prompt 2048",
+    ],
 )
 def test_bad_options_are_one_error(arguments, capsys):
     with pytest.raises(SystemExit):

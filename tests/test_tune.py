@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,11 @@ def test_layers_from_a_config_json(tmp_path):
     assert set(model_layers(str(path))) == {"qkv", "o"}
     path.write_text(json.dumps({"text_config": config}))
     assert model_layers(str(path))["down"] == Layer(1920, (640,))
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="hidden_size"):
-        model_layers(str(path))
+    wrong = ({"text_config": [1]}, {"num_attention_heads": 0}, {"num_key_value_heads": "2"}, {"head_dim": -1})
+    for bad in ({}, [], *({**config, **change} for change in wrong)):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            model_layers(str(path))
     with pytest.raises(ValueError, match="neither"):
         model_layers(str(tmp_path / "nowhere"))
 
@@ -81,7 +84,10 @@ def test_layers_from_a_config_json(tmp_path):
         "--shape 64:64 --ranks 0",
         "--shape 64:64 --ranks 513",
         "--shape 64:64 --tokens 3",
+        "--shape 64:64 --max-rank 513",
         "--model llama3-8b --tp 5",
+        "--model llama3-8b --tp 0",
+        "--model llama3-8b --tp -1",
         "--shape 64:64 --only-vllm",
         "--shape 64:64 --max-loras 0",
     ],
@@ -100,6 +106,7 @@ def test_shapes_and_models_go_together():
     assert args.layers[Layer(64, (32, 32))] == "shape"
     assert args.ranks == [8, 16, 32, 64, 128]
     assert tune.arguments(["--shape", "64:64", "--max-rank", "32"]).ranks == [8, 16, 32]
+    assert tune.arguments(["--shape", "64:64", "--max-rank", "256"]).ranks == [8, 16, 32, 64, 128, 256]
 
 
 @pytest.mark.parametrize(("text", "count"), [("all", 0), ("0", 0), ("1", 1), ("x", 2), ("0,,1", 2)])
@@ -395,7 +402,6 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     journal = tmp_path / "NVIDIA_H200/tune.jsonl"
     with journal.open("a") as file:
         file.write('{"stage": "sw')  # killed while it wrote
-    journal.write_text(journal.read_text() + "\n")
     second = FakeGpu(monkeypatch)
     assert tune.main(line) == 0
     sweeps = [case for case in first.measured + second.measured if case[0] == "sweep"]
@@ -417,9 +423,26 @@ def test_records_of_other_settings_are_not_used(tmp_path):
 def test_vllm_alone(monkeypatch, tmp_path):
     fake, written = FakeGpu(monkeypatch), []
     monkeypatch.setattr(vllm_lora_configs, "write", lambda folder, sizes, *_: written.append((folder, sizes.layers)))
+    monkeypatch.setattr(vllm_lora_configs, "kernels", lambda: None)
     line = ["--shape", "64:64", "--out", str(tmp_path / "ours"), "--only-vllm", "--write-vllm", str(tmp_path)]
     assert tune.main(line) == 0
     assert written == [(tmp_path, [(64, (64,))])]
+    assert fake.measured == []
+
+
+def test_what_keeps_vllms_files_from_being_written_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    fake = FakeGpu(monkeypatch)
+    folder = tmp_path / "file"
+    folder.write_text("")
+    line = ["--shape", "64:64", "--out", str(tmp_path), "--write-vllm", str(folder)]
+    monkeypatch.setattr(vllm_lora_configs, "kernels", lambda: None)
+    assert tune.main(line) == 2
+    assert f"--write-vllm: {folder} is no folder for results" in capsys.readouterr().out
+    assert tune.main(["--shape", "64:64", "--out", str(folder)]) == 1
+    assert f"{folder / 'NVIDIA_H200'} is no folder for results" in capsys.readouterr().out
+    monkeypatch.setattr(vllm_lora_configs, "kernels", lambda: import_module("no_vllm"))
+    assert tune.main(line) == 2
+    assert "No module named 'no_vllm'" in capsys.readouterr().out
     assert fake.measured == []
 
 

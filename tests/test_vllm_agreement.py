@@ -145,6 +145,13 @@ def test_missing_results_are_named(tmp_path):
         va.main(["--model", "tiny", "--out", str(tmp_path), "--compare"])
 
 
+@pytest.mark.parametrize("words", ["--adapters 0", "--requests 4 0", "--tp 0"])
+def test_bad_arguments_are_named(words, capsys):
+    with pytest.raises(SystemExit):
+        va.parse(["--out", ".", *words.split()])
+    assert "is not above 0" in capsys.readouterr().err
+
+
 def test_requests_do_not_depend_on_how_many_run():
     few, many = (va.parse(["--model", "tiny", "--out", ".", "--requests", *n]) for n in (("4",), ("1", "64")))
     assert va.make_requests(many, 16, seed=0)[:4] == va.make_requests(few, 16, seed=0)

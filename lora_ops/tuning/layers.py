@@ -43,7 +43,7 @@ def model_sizes(model: str) -> dict[str, int]:
     """hidden_size, heads, kv_heads, head_dim and intermediate_size of a named model, or of a config.json or its folder.
 
     Raises:
-        ValueError: no such model or file, or a config that lacks sizes.
+        ValueError: no such model or file, or a config that lacks sizes or has others than positive integers.
     """
     if model in MODELS:
         return MODELS[model]
@@ -55,18 +55,24 @@ def model_sizes(model: str) -> dict[str, int]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
+        raise ValueError(f"{path} is no model's config.json")
     config = {**config, **(config.get("text_config") or {})}
-    needed = ("hidden_size", "num_attention_heads", "intermediate_size")
-    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: give the shapes with --shape K:N0,N1,...")
-    heads = config["num_attention_heads"]
+
+    def size(name: str, default: int = 0) -> int:
+        value = config.get(name) or default
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {name} is {config.get(name)!r}: give the shapes with --shape K:N0,N1,...")
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
     experts = any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     return {
-        "hidden_size": config["hidden_size"],
+        "hidden_size": hidden,
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "intermediate_size": 0 if experts else config["intermediate_size"],
+        "kv_heads": size("num_key_value_heads", heads),
+        "head_dim": size("head_dim", hidden // heads),
+        "intermediate_size": 0 if experts else size("intermediate_size"),
     }
 
 
@@ -79,7 +85,7 @@ def model_layers(model: str, tp: int = 1) -> dict[str, Layer]:
     sizes = model_sizes(model)
     hidden, heads, kv_heads = sizes["hidden_size"], sizes["heads"], sizes["kv_heads"]
     inter = sizes["intermediate_size"]
-    if heads % tp or inter % tp or max(kv_heads, tp) % min(kv_heads, tp):
+    if tp < 1 or heads % tp or inter % tp or max(kv_heads, tp) % min(kv_heads, tp):
         raise ValueError(
             f"--tp {tp} does not divide {model}: {heads} heads, {kv_heads} key-value heads, {inter} wide MLP"
         )
