@@ -40,6 +40,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -610,6 +611,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the engine's process ends, too
     here = Path(__file__).resolve()
     # in a process of its own, which frees the GPU
     write = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import soak; "
