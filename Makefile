@@ -11,7 +11,7 @@ test: lint  ## everything that needs no GPU
 	@echo "kernels, in Triton's interpreter:"
 	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n auto tests/kernels
 	@echo "everything else:"
-	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs -n auto --dist loadgroup \
+	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder \
 		tests --ignore=tests/gpu --ignore=tests/kernels
 
 lint: setup

