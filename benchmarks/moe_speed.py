@@ -233,8 +233,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         if path is None:
             raise SystemExit("--report needs --out, the folder of the CSV, where there is no GPU")
-        if not path.exists():
-            raise SystemExit(f"--report: there is no {path}")
         moe_report.show(read_rows(path, COLUMNS), out, console)
         return 0
 
@@ -254,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         names, absent = runner.load([name for name in wanted if name not in missing])
         for name, reason in (missing | absent).items():
             console.print(f"[yellow]{name} is missing:[/] {escape(reason)}")
+        if not names:
+            raise SystemExit("none of --impl is there to be checked")
         for dtype in sorted({case.dtype for case in cases}):
             limit = tolerance(dtype)
             console.print(f"check, {dtype}: error of each checked row against fp32 <= {limit:.2g} of the row's norm")

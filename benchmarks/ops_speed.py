@@ -415,6 +415,8 @@ def main(argv: list[str] | None = None) -> int:
     impls, missing = load_all(options.impl)
     for name, reason in missing.items():
         console.print(f"[yellow]{name} is missing:[/] {escape(reason)}")
+    if not impls:
+        raise SystemExit("none of --impl is there to be checked")
     for dtype in sorted({case.dtype for case in cases}):
         console.print(f"check, {dtype}: each row's error against fp32 <= {tolerance(dtype):.2g} of the row's norm")
     ceilings = H200_CEILINGS

@@ -168,6 +168,12 @@ def test_bad_arguments_are_named(words, capsys):
     assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_implementations_that_are_all_missing_check_nothing(capsys):
+    with pytest.raises(SystemExit, match="none of --impl is there"):
+        run("--impl", "sglang_tuned")
+    assert "sglang_tuned is missing: " in capsys.readouterr().out
+
+
 def test_a_report_of_nothing_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"no measurement in .*ops_lora\.csv"):
         run("--report", "--out", str(tmp_path))

@@ -342,7 +342,7 @@ def test_report_and_plots_from_the_csv(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--report --out nowhere", "there is no nowhere/ops_moe.csv"),
+        ("--report --out nowhere", "no measurement in nowhere/ops_moe.csv"),
         ("--tokens 4 0", "--tokens 0: give 1 or more"),
         ("--dtype fp8", "no layer of the grid has such a --dtype"),
     ],
@@ -446,7 +446,8 @@ def test_sglang_runs_in_the_second_process(tmp_path, fake_gpu, capsys, monkeypat
     assert asked == [("compile", ["sglang"]), ("tiny 5 uniform fp16", "sglang")]
     assert [(row["impl"], row["us"]) for row in read(tmp_path / "out")] == [("ours", "10.000"), ("sglang", "5.000")]
     monkeypatch.undo()
-    assert run(*SMALL, "--impl", "sglang", "--sglang-site", str(tmp_path)) == 0
+    with pytest.raises(SystemExit, match="none of --impl is there"):
+        run(*SMALL, "--impl", "sglang", "--sglang-site", str(tmp_path))
     assert f"sglang is missing: {tmp_path} holds no folder sglang" in capsys.readouterr().out
 
 
