@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
+from ops_configs.files import replacing
+
 LOAD = ["concurrency", "request_rate", "input_len", "output_len"]
 SERVER = ["variant", "tp", "max_loras", "max_rank"]
 TRAFFIC = ["adapters", "rank", "distribution"]
@@ -59,10 +61,8 @@ def append(path: Path, row: dict) -> None:
     row = pd.DataFrame([row]).reindex(columns=COLUMNS)
     old = read(path)
     rows = with_retention(pd.concat([old, row], ignore_index=True) if len(old) else row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    rows.to_csv(part, index=False, float_format="%.6g")
-    part.replace(path)
+    with replacing(path) as part:
+        rows.to_csv(part, index=False, float_format="%.6g")
 
 
 def table(rows: pd.DataFrame, title: str) -> Table:

@@ -14,9 +14,10 @@ analytic default. fp16 and bf16 share the entries. Files of MoE layers have the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,15 @@ def read_entries(
     return ConfigFile(metadata, entries, raw, tuple(problems))
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces `path` in one step when all is written: a reader meets no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    yield part
+    part.replace(path)
+
+
 def write(path: Path, metadata: Mapping[str, str], entries: Mapping[Key, dict]) -> None:
     """Write a file, atomically.
 
@@ -173,7 +183,5 @@ def write(path: Path, metadata: Mapping[str, str], entries: Mapping[Key, dict]) 
         cells = ",\n".join(f"      {json.dumps(bucket)}: {json.dumps(entry)}" for bucket, entry in row.items())
         groups.append(f"    {json.dumps(group)}: {{\n{cells}\n    }}")
     body = ",\n".join(groups)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text("{\n" + "\n".join(lines) + f'\n  "entries": {{\n{body}\n  }}\n}}\n')
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text("{\n" + "\n".join(lines) + f'\n  "entries": {{\n{body}\n  }}\n}}\n')

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import store
-from .files import MAX_SHARED_BYTES
+from .files import MAX_SHARED_BYTES, replacing
 
 SOFTWARE = ("gpu", "triton", "torch", "kernels")
 """Metadata by which results of one run fit those of another."""
@@ -98,6 +98,31 @@ def gpu_name(gpus: list[int]) -> str:
     if len(names) > 1:
         raise ValueError(f"the GPUs differ: {', '.join(names)}: tune one kind at a time, with --gpu")
     return names[0]
+
+
+def model_config(model: str, known: Iterable[str]) -> tuple[Path, dict]:
+    """(path, content) of a model's config.json, given by its path or folder, with what text_config says in front.
+
+    Args:
+        known: names of models that need no file, for the message.
+
+    Raises:
+        ValueError: no such file, or no model's config.json.
+    """
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--model {model!r} is neither a config.json, nor a folder with one, nor {', '.join(known)}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no object: it is no model's config.json")
+    text_config = config.get("text_config") or {}
+    if not isinstance(text_config, dict):
+        raise ValueError(f"{path}: text_config is {text_config!r}, expected an object")
+    return path, config | text_config
 
 
 def writable(folder: Path) -> None:
@@ -185,10 +210,8 @@ def write_table(path: Path, columns: Sequence[str], key: Sequence[str], rows: It
         header, *old = [*csv.reader(file)] or [[]]
         if header == list(columns):
             found = by_key(row for row in old if len(row) == len(columns)) | found
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *found.values()])
-    unfinished.replace(path)
 
 
 def most_shared(device: int) -> int:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ops_configs.files import replacing
 from ops_configs.tuning import writable
 
 MARGIN = 0.03
@@ -72,11 +73,9 @@ def sglang_folder(folder: Path, triton_version: str) -> Path:
 
 def write_file(path: Path, entries: Mapping[int, Config]) -> None:
     """Write a file of either host; entries of other numbers of tokens that it has stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = {**(read_file(path) if path.exists() else {}), **entries}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
 
 
 def read_file(path: Path) -> dict[int, Config]:

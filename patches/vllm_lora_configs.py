@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from ops_configs.files import replacing
+
 TRITON_OPS = "vllm.lora.ops.triton_ops"
 MAX_SLICES = 6
 """Numbers of slices that a file has keys for."""
@@ -97,9 +99,9 @@ def nested(entries: dict[Key, Config], max_loras: int, default: Callable[[int, i
 
 def write_file(folder: Path, gpu: str, op: str, content: dict) -> Path:
     """Write one file where vLLM looks for it."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(gpu, op)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 

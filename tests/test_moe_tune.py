@@ -106,7 +106,7 @@ def test_layers_from_a_config_json(tmp_path):
     path.write_text(json.dumps({"hidden_size": 64, "intermediate_size": 32}))
     with pytest.raises(ValueError, match="num_local_experts"):
         model_target(str(path))
-    for text, said in (("{", "no JSON"), ("[]", "holds no object")):
+    for text, said in (("{", "no JSON"), ("[]", "holds no object"), ('{"text_config": [1]}', "text_config is")):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             model_target(str(path))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
+
+from ops_configs.tuning import model_config
 
 MODELS = {
     "llama3-8b": {"hidden_size": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate_size": 14336},
@@ -47,17 +47,7 @@ def model_sizes(model: str) -> dict[str, int]:
     """
     if model in MODELS:
         return MODELS[model]
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"--model {model!r} is neither a config.json, nor a folder with one, nor {', '.join(MODELS)}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
-        raise ValueError(f"{path} is no model's config.json")
-    config = {**config, **(config.get("text_config") or {})}
+    path, config = model_config(model, MODELS)
 
     def size(name: str, default: int = 0) -> int:
         value = config.get(name) or default

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 
 from ops_configs.moe import QUANTS, MoeLayer
+from ops_configs.tuning import model_config
 
 from .. import checks
 
@@ -128,17 +127,7 @@ def target(layer: MoeLayer, dtype: str = "auto", block_shape: tuple[int, int] | 
 
 
 def _read(model: str, auto: bool, given: Mapping[str, int]) -> tuple[MoeLayer, str]:
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"--model {model!r} is neither a config.json, nor a folder with one, nor {', '.join(MODELS)}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no object: it is no model's config.json")
-    config |= config.get("text_config") or {}
+    path, config = model_config(model, MODELS)
     sizes = {
         size: next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
         for size, names in FIELDS.items()
