@@ -42,6 +42,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
+from running import positive
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -76,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--host", required=True, choices=SWITCHES, help="installed in the environment of this Python")
     add("--model", default="qwen3-30b-a3b", choices=("tiny-moe", "qwen3-30b-a3b"))
-    add("--layers", type=int, help="keep that many layers of the model")
+    add("--layers", type=positive(int), help="keep that many layers of the model")
     add("--load-format", default="dummy", choices=("dummy", "safetensors"), help="safetensors: compare answers too")
     add(
         "--variant", nargs="+", choices=VARIANTS, default=[], metavar="NAME", help=f"what to run: {', '.join(VARIANTS)}"
@@ -84,14 +85,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="compare what --out holds")
     add("--out", type=Path, required=True, help="folder of the results")
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "moe_agreement"), help="folder of the checkpoint")
-    add("--tp", type=int, default=1, help="GPUs of tensor parallelism")
+    add("--tp", type=positive(int), default=1, help="GPUs of tensor parallelism")
     add("--expert-parallel", action="store_true", help="whole experts, spread over those GPUs")
-    add("--requests", nargs="+", type=int, default=[1, 16, 64, 256], help="requests at once, ascending")
+    add("--requests", nargs="+", type=positive(int), default=[1, 16, 64, 256], help="requests at once, ascending")
     add("--no-speed", action="store_true", help="leave the timings out")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
-    add("--memory", type=float, default=0.8, help="share of the GPU's memory for the engine")
+    add("--memory", type=positive(float), default=0.8, help="share of the GPU's memory for the engine")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of the host's engine")
-    add("--timeout", type=float, default=580, help="seconds for one engine")
+    add("--timeout", type=positive(float), default=580, help="seconds for one engine")
     add("--commit", default="unknown", help="commit to write into the results")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
     options = parser.parse_args(argv)

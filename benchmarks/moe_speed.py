@@ -47,7 +47,7 @@ from moe_shapes import GRID, LAYERS, QUICK_TOKENS, ROUTINGS, TINY_TOKENS, TOKENS
 from moe_worker import Worker, WorkerError
 from rich.console import Console
 from rich.markup import escape
-from running import RESULTS, append_rows, git_commit, progress_bar, read_rows
+from running import RESULTS, append_rows, git_commit, positive, progress_bar, read_rows
 from timing import H200_CEILINGS, measured_ceilings
 
 ON_GPU = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help=f"tokens {QUICK_TOKENS}, uniform routing, bf16, nothing swept")
     add("--model", nargs="+", choices=LAYERS, metavar="NAME", help=", ".join(LAYERS))
-    add("--tokens", nargs="+", type=int, help="default: powers of two from 1 to 16384")
+    add("--tokens", nargs="+", type=positive(int), help="default: powers of two from 1 to 16384")
     add("--routing", nargs="+", choices=ROUTINGS, help="default: both; of tokens over experts")
     add("--dtype", nargs="+", choices=DTYPES, help="fp8: block fp8 weights. Default: bf16, and fp8 for DeepSeek-V3")
     add("--impl", nargs="+", choices=IMPLS, metavar="NAME", help=", ".join(IMPLS))
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=os.environ.get("OPS_SPEED_SGLANG_SITE"),
         help="folder with SGLang's packages, for a second process; default: OPS_SPEED_SGLANG_SITE, else none",
     )
-    add("--sweep-seconds", type=float, default=6.0, help="most time for one sweep of a host's configs")
+    add("--sweep-seconds", type=positive(float), default=6.0, help="most time for one sweep of a host's configs")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile ahead; 0: none")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop cleanly after this long")
     add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
@@ -80,8 +80,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--commit", help="commit to write into the rows; default: git's")
     add("--report", action="store_true", help="only print the tables and draw the plots, from the CSV")
     options = parser.parse_args(argv)
-    if options.tokens and min(options.tokens) < 1:
-        parser.error(f"--tokens {min(options.tokens)}: give 1 or more")
     if options.impl is None:
         options.impl = [name for name, impl in IMPLS.items() if not (options.quick and impl.swept)]
     return options

@@ -95,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--distribution", nargs="+", choices=DISTRIBUTIONS, default=["uniform"], help="of requests over adapters")
     add("--none-fraction", type=float, default=0.0, help="share of requests without an adapter (rows of -1)")
     add("--seed", type=int, default=0)
-    add("--sweep-seconds", type=float, default=8.0, help="most time for one sweep of a host's configs")
+    add("--sweep-seconds", type=positive(float), default=8.0, help="most time for one sweep of a host's configs")
     add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile ahead; 0: none")
     add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop cleanly after this long")
     add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")

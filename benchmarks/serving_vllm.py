@@ -64,6 +64,7 @@ from serving_server import (
 )
 from serving_traffic import DISTRIBUTIONS, ClientError, Load, Traffic, adapter_name, client_command, run_client
 
+from ops_configs import tuning
 from ops_patches import state
 
 VARIANTS = ("base", "stock", "patched")
@@ -607,10 +608,9 @@ def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> 
     runs = plan(options)
     report.read(path)  # a file that is not ours is found now, not after the first measurement
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise SystemExit(f"{path.parent} cannot be written: {error}: choose another --out") from error
+        tuning.writable(path.parent)
+    except ValueError as error:
+        raise SystemExit(f"--out: {error}") from error
     if options.resume:
         runs = left_to_do(runs, options, machine, path)
     with tempfile.TemporaryDirectory(prefix=f"{name}_status_") as status_folder:

@@ -53,6 +53,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
+from running import positive
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
 PROBES_PER_S = 2.0
@@ -574,21 +575,21 @@ def write_json(path: Path, report: dict, found: list[Check], faults: list[str], 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, help="length of the soak")
+    add("--minutes", type=positive(float), default=5.0, help="length of the soak")
     add("--model", default="llama3-8b", choices=("tiny", "small", "llama3-8b"))
     add("--variant", default="patched", choices=("patched", "stock"), help="stock: vLLM as it is, to compare with")
-    add("--layers", type=int, default=8, help="layers of llama3-8b")
+    add("--layers", type=positive(int), default=8, help="layers of llama3-8b")
     add("--adapters", type=int, default=24)
-    add("--rank", type=int, default=16)
-    add("--slots", type=int, default=4, help="max_loras")
+    add("--rank", type=positive(int), default=16)
+    add("--slots", type=positive(int), default=4, help="max_loras")
     add("--cpu-slots", type=int, default=8, help="max_cpu_loras")
     add("--concurrency", type=int, default=256, help="requests in flight")
-    add("--swaps", type=float, default=10.0, help="adapters replaced a second")
+    add("--swaps", type=positive(float), default=10.0, help="adapters replaced a second")
     add("--longest-prompt", type=int, default=1024, help="tokens")
     add("--longest-answer", type=int, default=128, help="tokens")
     add("--slack", type=float, default=0.1, help="part of the first window's tokens/s that the last may lose")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
-    add("--memory", type=float, default=0.6, help="gpu_memory_utilization")
+    add("--memory", type=positive(float), default=0.6, help="gpu_memory_utilization")
     add("--seed", type=int, default=0)
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "soak"), help="folder of the checkpoint")
     add("--out", type=Path, help="JSON file of the results")
@@ -600,9 +601,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--concurrency must be at least {NOISE_PROBES}, got {options.concurrency}")
     if options.cpu_slots < options.slots:
         parser.error(f"--cpu-slots {options.cpu_slots} is less than --slots {options.slots}")
-    for name in ("minutes", "swaps", "slots", "rank", "layers"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if options.longest_prompt < 2 or not 1 <= options.longest_answer <= 2048 - options.longest_prompt:
         parser.error("--longest-prompt and --longest-answer must fit into 2048 tokens together")
     return options

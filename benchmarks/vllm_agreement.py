@@ -101,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--requests", nargs="+", type=positive(int), default=[1, 16, 64, 256], help="requests at once, ascending")
     add("--no-speed", action="store_true", help="leave the timings out")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
-    add("--memory", type=float, default=0.6, help="gpu_memory_utilization")
-    add("--timeout", type=float, default=580, help="seconds for one engine")
+    add("--memory", type=positive(float), default=0.6, help="gpu_memory_utilization")
+    add("--timeout", type=positive(float), default=580, help="seconds for one engine")
     add("--commit", default="unknown", help="commit to write into the results")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
     return parser.parse_args(argv)

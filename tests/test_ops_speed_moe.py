@@ -343,7 +343,7 @@ def test_report_and_plots_from_the_csv(tmp_path, capsys):
     ("line", "said"),
     [
         ("--report --out nowhere", "no measurement in nowhere/ops_moe.csv"),
-        ("--tokens 4 0", "--tokens 0: give 1 or more"),
+        ("--tokens 4 0", "argument --tokens: 0 is not above 0"),
         ("--dtype fp8", "no layer of the grid has such a --dtype"),
     ],
 )
