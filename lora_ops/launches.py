@@ -25,8 +25,8 @@ def _supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int):
-    """Tiles of a plan for a batch of num_rows rows."""
+def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, num_tokens: int = 0):
+    """Tiles of a plan of num_tokens tokens for a batch of num_rows rows: padded, or a part of the step's tokens."""
     from .kernels.launch import Tiles
     from .kernels.tiles import PLAN_TILES
 
@@ -34,7 +34,7 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int):
     layout = plan_layout(*layout_args)
     tile_slots = layout.section(arena, f"tile_slots_{rows}")
     tile_rows = layout.section(arena, f"tile_rows_{rows}")
-    count = min(tile_count_bound(num_rows, layout_args[1], rows), tile_slots.numel())
+    count = min(tile_count_bound(max(num_rows, num_tokens), layout_args[1], rows), tile_slots.numel())
     return Tiles(PLAN_TILES.value, count, rows, num_rows, (tile_slots, tile_rows, tile_rows))
 
 
@@ -145,8 +145,8 @@ def compile_plan(
 def run_plan(
     kernels: Callable, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
 ) -> None:
-    """Run `kernels(tiles)` over the tiles of a plan: those of its tokens, or of the rows that a batch is padded to."""
-    kernels(plan_tiles(arena, layout, max(num_rows, int(counts[0]))))
+    """Run `kernels(tiles)` over the tiles of a plan, for a batch of num_rows rows."""
+    kernels(plan_tiles(arena, layout, num_rows, int(counts[0])))
 
 
 @functools.cache

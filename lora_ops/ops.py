@@ -33,7 +33,7 @@ from .launches import (
     run_shrink,
     segment_tiles,
 )
-from .plan import NO_TILE, SMALL_BATCH, LoraPlan, plan_args, plan_layout
+from .plan import SMALL_BATCH, LoraPlan, plan_args, plan_layout
 
 _register = op_library("lora_ops")
 
@@ -164,8 +164,8 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
 
 
 def _fits_beside(num_rows: int, counts: torch.Tensor) -> bool:
-    """Whether a batch's LoRA part runs beside the layer itself: rows and plan are small, and an adapter is in use."""
-    return num_rows > 0 and max(num_rows, int(counts[0])) <= SMALL_BATCH and int(counts[1]) > 0
+    """Whether a batch's LoRA part runs beside the layer itself: the batch is small, and an adapter is in use."""
+    return 0 < num_rows <= SMALL_BATCH and int(counts[1]) > 0
 
 
 @_register(f"lora_delta(Tensor(a!) delta, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)")
@@ -252,7 +252,6 @@ def linear_beside(
         return y
     rows = torch.arange(y.shape[0], device=y.device)
     small = torch.full((), y.shape[0], dtype=torch.int32, device=y.device) <= SMALL_BATCH
-    small = small & (plan.section("tile_slots_16")[0] != NO_TILE)  # in a graph too, whatever plan it meets
     written = (plan.section("token_slots")[: y.shape[0]] >= 0) & small
     return y + torch.ops.aten._unsafe_masked_index(delta, written[:, None], [rows], 0)
 

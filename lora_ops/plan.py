@@ -12,8 +12,13 @@ Sections of the arena (int32), L = max_slots, M = max_tokens:
     tile_slots_R     [T_R]     slot of each tile of R rows, -1 = rows without adapter, -2 = no tile
     tile_rows_R      [T_R, R]  token of each row of the tile, -1 = padding
 
-Tiles without adapter come after the others, so that live work is contiguous. Buffers never move and never change their
-size: CUDA graphs captured over them stay valid, a replay reads the plan of its own step.
+Tiles without adapter come after the others, so that live work is contiguous. Tiles of 64 rows stand in the order of
+their slots, so that those of an adapter find its weights in the L2 cache. Tiles of 16 rows hold the first SMALL_BATCH
+tokens and stand in the order of their first rows: whatever the step, rows below R that have an adapter are in the first
+`tile_count_bound(R, L, 16)` of them, which is what a CUDA graph captured for R rows launches.
+
+Buffers never move and never change their size: graphs captured over them stay valid, a replay reads the plan of its own
+step.
 """
 
 from __future__ import annotations
@@ -33,11 +38,7 @@ TILE_ROWS = (16, 64)
 
 
 def tile_rows_for(num_rows: int) -> int:
-    """Rows of a tile for a batch of `num_rows` rows. Kernels and plan both ask here.
-
-    It never falls with num_rows. A plan of n tokens therefore holds tiles of every size that a batch padded to more
-    than n rows can ask for.
-    """
+    """Rows of a tile for a batch of `num_rows` rows."""
     return TILE_ROWS[0] if num_rows <= SMALL_BATCH else TILE_ROWS[1]
 
 
@@ -163,6 +164,11 @@ class LoraPlan:
             self._built = tuple(np.array(values) for values in wanted)  # copies: the caller may write into its own
         self.arena[: len(self._staging)].copy_(self._staging, non_blocking=True)
 
+    def expect_any_step(self) -> None:
+        """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""
+        self._built = ()
+        self.counts.numpy()[:] = self.max_tokens, 1
+
     def _check(self, slots: np.ndarray) -> None:
         if slots.ndim != 1 or slots.size > self.max_tokens:
             raise ValueError(
@@ -199,7 +205,7 @@ class LoraPlan:
         groups = counts.nonzero()[0]
         group_slots, tokens = groups - 1, counts[groups]
         ends = tokens.cumsum()
-        starts = ends - tokens
+        num_active = groups.size - int(counts[0] > 0)
         write("token_slots", slots)
         write("order", order)
         write("active_slots", group_slots)
@@ -208,28 +214,39 @@ class LoraPlan:
         for i, values in enumerate(extra):
             write(f"extra_{i}", values)
 
-        without = int(counts[0] > 0)  # groups without adapter: none or the first, whose tiles come last
-        used = self._blank.size
-        for rows in TILE_ROWS:
-            if tile_rows_for(slots.size) > rows:
-                continue
-            group_tiles = (tokens + (rows - 1)) // rows
-            last_tiles = group_tiles.cumsum()
-            first_tiles = last_tiles - group_tiles
-            tiles = int(last_tiles[-1]) if groups.size else 0
-            last = int(group_tiles[0]) if without else 0
-            if without:
-                first_tiles -= last
-                first_tiles[0] = tiles - last
-            write(f"tile_slots_{rows}", group_slots[without:].repeat(group_tiles[without:]))
-            if last:
-                write(f"tile_slots_{rows}", np.full(last, NO_ADAPTER), first=tiles - last)
-            first_row = offsets[f"tile_rows_{rows}"][0]
-            if rows == TILE_ROWS[-1]:
-                used += tiles * rows
-                arena[first_row:used] = -1
-            arena[(self._numbers[: slots.size] + first_row) + (first_tiles * rows - starts).repeat(tokens)] = order
-        return used, groups.size, groups.size - without
+        small, large = TILE_ROWS
+        starts = ends - tokens
+        tiles = self._write_tiles(arena, large, order, group_slots, tokens, starts)
+        if slots.size > SMALL_BATCH:
+            order, counts = order[order < SMALL_BATCH], np.bincount(slots[:SMALL_BATCH] + 1)
+            group_slots, tokens = counts.nonzero()[0] - 1, counts[counts > 0]
+            starts = tokens.cumsum() - tokens
+        self._write_tiles(arena, small, order, group_slots, tokens, starts)
+        return self._blank.size + tiles * large, groups.size, num_active
+
+    def _write_tiles(self, arena: np.ndarray, rows: int, order: np.ndarray, group_slots, tokens, starts) -> int:
+        """Write the tiles of `order`, sorted by slot: for each group its slot, tokens and start. Returns how many."""
+        if not order.size:
+            return 0
+        group_tiles = (tokens + (rows - 1)) // rows
+        last_tiles = group_tiles.cumsum()
+        tiles = int(last_tiles[-1])
+        without = int(group_slots[0] == NO_ADAPTER)  # groups without adapter: none or the first
+        live = tiles - int(group_tiles[0]) * without
+        first_tiles = last_tiles - group_tiles - (tiles - live)
+        first_tiles[:without] = live
+        (first_slot, _), (first_row, _) = (self.layout.offsets[f"tile_{name}_{rows}"] for name in ("slots", "rows"))
+        tile_slots, tile_rows = arena[first_slot : first_slot + tiles], arena[first_row : first_row + tiles * rows]
+        tile_slots[:live] = group_slots[without:].repeat(group_tiles[without:])
+        tile_slots[live:] = NO_ADAPTER
+        tile_rows[:] = -1
+        tile_rows[self._numbers[: order.size] + (first_tiles * rows - starts).repeat(tokens)] = order
+        if rows == TILE_ROWS[0]:
+            live_rows = tile_rows[: live * rows].reshape(live, rows)
+            by_first_row = live_rows[:, 0].argsort()
+            tile_slots[:live] = tile_slots[by_first_row]
+            live_rows[:] = live_rows[by_first_row]
+        return tiles
 
 
 def plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -77,8 +77,7 @@ class PlannedLora:
 
     def add_shrink(self, y, x, lora_a_stacked, scale: float, **kwargs) -> None:
         """y[s] = scale * A_s x for each slice s; y fp32 [S, M, R], zero for rows without adapter."""
-        x = x.view(-1, x.shape[-1])
-        torch.ops.lora_ops.lora_shrink(x, list(lora_a_stacked), y, *plan_args(self.plan), scale)
+        torch.ops.lora_ops.lora_shrink(flat_rows(x), list(lora_a_stacked), y, *plan_args(self.plan), scale)
 
     def add_expand(
         self,
@@ -120,7 +119,7 @@ class PlannedLora:
         check_slices("add_lora_linear", lora_b_stacked, output_slices)
         torch.ops.lora_ops.lora_linear(
             y.view(-1, y.shape[-1]),
-            x.view(-1, x.shape[-1]),
+            flat_rows(x),
             list(lora_a_stacked),
             list(lora_b_stacked),
             *plan_args(self.plan),
@@ -143,7 +142,7 @@ class PlannedLora:
         """y += scale * B A x for the sampled positions."""
         if buffer is not None:
             raise ValueError("add_lora_logits makes its own buffer: call it without one")
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        y, x = y.view(-1, y.shape[-1]), flat_rows(x)
         torch.ops.lora_ops.lora_linear(
             y, x, [lora_a_stacked], [lora_b_stacked], *plan_args(self._sampled()), scale, 0, True
         )
@@ -151,8 +150,14 @@ class PlannedLora:
     def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
         """y = W[slot] x + bias for the sampled positions whose adapter replaces the whole layer (classifier heads)."""
         adapter_y = torch.empty((1, x.size(0), weight_stacked.size(-2)), dtype=torch.float32, device=x.device)
-        torch.ops.lora_ops.lora_shrink(x, [weight_stacked], adapter_y, *plan_args(self._sampled()), 1.0)
+        torch.ops.lora_ops.lora_shrink(flat_rows(x), [weight_stacked], adapter_y, *plan_args(self._sampled()), 1.0)
         y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
+
+
+def flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [rows, K]; only columns that are strided are copied, as vLLM copies them."""
+    x = x.view(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_slices(method: str, lora_b_stacked: Sequence[torch.Tensor], output_slices: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from lora_ops.ops import linear_beside
 from ops_patches import counters
 
-from .vllm_punica import PlannedLora, check_slices
+from .vllm_punica import PlannedLora, check_slices, flat_rows
 
 MOE_REASON = "fused-MoE LoRA stays with vLLM's kernels"
 
@@ -26,6 +26,7 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
         PunicaWrapperGPU.__init__(self, max_num_batched_tokens, max_batches, device, **kwargs)
         self._make_plans(max_num_batched_tokens, self.max_loras, device)
+        self.plan.expect_any_step()  # graphs of vision encoders are captured before their first mapping
         meta = self.token_mapping_meta
         meta.token_lora_mapping = self.plan.section("token_slots")
         meta.token_indices_sorted_by_lora_ids = self.plan.section("order")
@@ -66,7 +67,7 @@ def apply_beside(layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> to
     check_slices("apply_beside", layer.lora_b_stacked, layer.output_slices)
     return linear_beside(
         lambda: layer._get_quant_method().apply(layer.base_layer, x, bias),
-        x,
+        flat_rows(x),
         layer.lora_a_stacked,
         layer.lora_b_stacked,
         layer.punica_wrapper.plan,

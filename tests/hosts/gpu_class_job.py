@@ -4,6 +4,8 @@ Prints one JSON object: the largest differences, relative to the largest value, 
 Needs TRITON_INTERPRET=1, CUDA_VISIBLE_DEVICES="" and vLLM's GPU sources on PYTHONPATH.
 """
 
+import contextlib
+import importlib
 import json
 from types import SimpleNamespace
 from unittest import mock
@@ -41,6 +43,8 @@ from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper  # noqa:
 from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
 
 import lora_ops  # noqa: E402
+from lora_ops.kernels.expand import expand_kernel  # noqa: E402
+from lora_ops.kernels.shrink import shrink_kernel  # noqa: E402
 from ops_patches import counters  # noqa: E402
 
 MAX_TOKENS, MAX_LORAS, VOCABULARY, RANK = 64, 4, 100, 8
@@ -79,6 +83,17 @@ def metadata(wrapper, tokens: int) -> dict:
     return fields
 
 
+def launches_of(wrapper) -> int:
+    """Launches of a layer, as a CUDA graph captures them: whatever the plan is, its replays follow later ones."""
+    x, y = draw(MAX_TOKENS, 96), draw(MAX_TOKENS, 32)
+    ops = [importlib.import_module(f"vllm.lora.ops.triton_ops.lora_{name}_op") for name in ("shrink", "expand")]
+    kernels = [ops[0]._lora_shrink_kernel, ops[1]._lora_expand_kernel, shrink_kernel, expand_kernel]
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(mock.patch.object(kernel, "run")) for kernel in kernels]
+        wrapper.add_lora_linear(y, x, (draw(MAX_LORAS, 1, RANK, 96),), (draw(MAX_LORAS, 1, 32, RANK),), 1.0, (32,))
+    return sum(run.call_count for run in runs)
+
+
 def main() -> None:
     configs = {
         name: SimpleNamespace(max_loras=MAX_LORAS, specialize_active_lora=name == "specialized")
@@ -96,6 +111,7 @@ def main() -> None:
     both = host, ours = stock["plain"], patched["plain"]
 
     report = {"class": type(ours).__name__, "metadata": {name: {} for name in configs}, "difference": {}}
+    report["launches before a mapping"] = [launches_of(wrapper) for wrapper in both]
     for name, tokens, prompts in (
         ("no adapter", [0] * 5, [0, 0]),
         ("one token", [14], [14]),
@@ -128,6 +144,10 @@ def main() -> None:
     def write_linear(wrapper, out):
         out.zero_()  # as vLLM does before it runs LoRA on a stream of its own
         linear(wrapper, out, add_inputs=False)
+
+    def strided(wrapper, out):
+        """vLLM 0.26.0 does not take them, 0.33.0 copies."""
+        wrapper.add_lora_linear(out, x.T.contiguous().T if wrapper is ours else x, a, b, 0.5, widths)
 
     def shrink(wrapper, out):
         h = torch.zeros(len(widths), rows, RANK)
@@ -191,6 +211,7 @@ def main() -> None:
     compare("beside", beside)
     compare("beside, q k v", beside_qkv)
     compare("linear, written", write_linear)
+    compare("linear of strided columns", strided)
     compare("shrink", shrink)
     compare("fully sharded", sharded)
     compare("embedding", embedding)

@@ -125,6 +125,46 @@ def test_fewer_rows_than_the_plan_has_tokens(device, tokens):
     assert_close(y, expected, tolerance(torch.float16))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("tokens", [40, 530])
+def test_beside_of_fewer_rows_than_the_plan_has_tokens(device, tokens, in_place):
+    """As in layers that see the sampled tokens alone."""
+    layer = make_layer(Case(tokens, 64, (32,), 8, 12, "part of a plan"), torch.float16, device)
+    layer.plan.update([11, -1, 9] + list(range(-1, 11)) * ((tokens - 3) // 12))
+    x, base = layer.x[:3], torch.randn(64, 32, device=device, dtype=torch.float16)
+    arguments = (x, layer.lora_a, layer.lora_b, *plan_args(layer.plan), 1.0)
+    delta, y = torch.full((512, 32), nan, device=device, dtype=torch.float16), x @ base
+    expected = y.float()
+    torch.ops.lora_ops.lora_delta(delta, *arguments)
+    torch.ops.lora_ops.lora_join(delta, y, *arguments, in_place)
+    if not in_place:
+        with_adapter = layer.plan.section("token_slots")[:3, None] >= 0
+        y += torch.where(with_adapter, delta[:3], 0)
+    reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, layer.plan)
+    assert_close(y, expected, 1.5 * tolerance(torch.float16))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 300])
+@pytest.mark.parametrize("captured_for", ["its rows", "any step"])
+def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
+    """What a CUDA graph repeats: the tiles of the plan that it was captured with, filled by the step's own plan."""
+    layer = make_layer(Case(600, 64, (32,), 8, 40, "graph"), torch.float16, device)
+    plan = layer.plan
+    if captured_for == "any step":
+        plan.expect_any_step()
+    else:
+        plan.update([0] * rows)
+    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows, plan.num_tokens)
+    x, base = layer.x[:rows], layer.y[:rows].clone()
+    for tokens, lowest in ((rows, -1), (rows // 2, 0), (0, 0), (400, 0), (400, -1), (600, -1), (600, 39)):
+        plan.update(np.random.default_rng().integers(lowest, 40, tokens))
+        y = base.clone()
+        expected = y.float()
+        launches.run_linear(y, x, layer.lora_a, layer.lora_b, 1.0, 0, True, tiles)
+        reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan)
+        assert_close(y, expected, tolerance(torch.float16))
+
+
 def test_bf16_weights_without_a_gpu_take_the_reference(device):
     """Triton's interpreter multiplies bf16 as bit patterns."""
     if device != "cpu":
