@@ -12,7 +12,21 @@ from dataclasses import dataclass, replace
 
 from . import files
 from .files import expand_file, shrink_file
-from .store import BUCKETS, SMALL_BATCH, Kind, cached, find, forgetting, nearest, padded, row_bucket
+from .store import (
+    BUCKETS,
+    SMALL_BATCH,
+    Kind,
+    cached,
+    find,
+    forgetting,
+    nearest,
+    padded,
+    row_bucket,
+    shared_bytes,
+)
+
+TILE_ROWS = (16, 64)
+"""Rows of a tile: of batches of up to SMALL_BATCH rows, and of larger ones."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,20 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
         _pinned = None
 
 
+def _fitted(config, rows: int, itemsize: int, shared: int):
+    """With fewer stages, then shorter steps, so that a GPU with `shared` bytes of shared memory runs it.
+
+    For fp32: the defaults are made for 2-byte elements, which fit everywhere. rows: of a tile.
+    """
+    step = "block_k" if isinstance(config, ShrinkConfig) else "block_r"
+    while itemsize > 2 and config.num_stages * (rows + config.block_n) * getattr(config, step) * itemsize > shared:
+        name, value = ("num_stages", config.num_stages - 1)
+        if config.num_stages <= 2:
+            name, value = step, getattr(config, step) // 2
+        config = replace(config, **{name: value})
+    return config
+
+
 def _find(kind: Kind, name: str, rank: int, bucket: int, dtype, device):
     unfit = "" if dtype.itemsize == 2 else f"files are for fp16 and bf16, not {dtype}"
     return find(kind, [name], rank, bucket, device, nearest, unfit)
@@ -131,7 +159,8 @@ def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -
         tuned = _pinned[1]
     else:
         tuned = _find(SHRINK, shrink_file(k, slices), rank, bucket, dtype, device)
-    return tuned or shrink_default(k, slices, rank, bucket)
+    rows = TILE_ROWS[bucket > SMALL_BATCH]
+    return tuned or _fitted(shrink_default(k, slices, rank, bucket), rows, dtype.itemsize, shared_bytes(device))
 
 
 def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device) -> ExpandConfig:
@@ -149,7 +178,10 @@ def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, devic
         tuned = _pinned[2]
     else:
         tuned = _find(EXPAND, expand_file(widths), rank, bucket, dtype, device)
-    return _runnable(tuned, rank) if tuned else expand_default(widths, rank, bucket)
+    if tuned:
+        return _runnable(tuned, rank)
+    rows = TILE_ROWS[bucket > SMALL_BATCH]
+    return _runnable(_fitted(expand_default(widths, rank, bucket), rows, dtype.itemsize, shared_bytes(device)), rank)
 
 
 def row_buckets() -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from . import files
-from .store import Kind, bucket_of, cached, find, forgetting, padded
+from .store import Kind, bucket_of, cached, find, forgetting, padded, shared_bytes
 
 TOKENS = tuple(1 << i for i in range(15))
 """Buckets of token counts, 1 to 16384."""
@@ -219,12 +219,16 @@ def _direct_blocks(layer: MoeLayer) -> bool:
 
 
 def shared_memory(config: MoeConfig, products: int, itemsize: int, k: int) -> int:
-    """Bytes of shared memory that the operands of a program take, and a stationary one's output; k: columns of x."""
+    """Bytes of shared memory that a program takes; k: columns of x.
+
+    Operands, and the output of one that stores it through TMA while it reads the next one's operands.
+    """
+    out = 2 * config.block_m * config.block_n if config.stationary or config.persistent else 0
     if config.stationary:
         whole = -(-k // config.block_k) * config.block_k * itemsize
-        return (config.block_m + config.num_stages * config.block_n) * whole + 2 * config.block_m * config.block_n
+        return (config.block_m + config.num_stages * config.block_n) * whole + out
     step = (config.block_m + products * config.block_n) * config.block_k * itemsize
-    return step * config.num_stages
+    return step * config.num_stages + out
 
 
 def moe_default(
@@ -299,7 +303,7 @@ def stationary_fits(k: int, block_k: int, block_shape: Sequence[int] | None = No
 
 
 def persistent_fits(shared: int) -> bool:
-    """Whether persistent programs run with that many bytes of shared memory: they need more than the operands take."""
+    """Whether programs are persistent with that many bytes of shared memory: it pays off with the most alone."""
     return shared >= files.MAX_SHARED_BYTES
 
 
@@ -315,16 +319,6 @@ def fitted(config: MoeConfig, products: int, itemsize: int, k: int, shared: int)
         else:
             break
     return config
-
-
-@cached
-def shared_bytes(device) -> int:
-    """Bytes of shared memory that a block may ask for on a torch.device."""
-    if device.type != "cuda":
-        return files.MAX_SHARED_BYTES
-    import torch
-
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 _pinned: tuple[LayerConfig | None] | None = None

@@ -79,6 +79,16 @@ def cached(function: Callable) -> Callable:
     return function
 
 
+@cached
+def shared_bytes(device) -> int:
+    """Bytes of shared memory that a block may ask for on a torch.device."""
+    if device.type != "cuda":
+        return files.MAX_SHARED_BYTES
+    import torch
+
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def forget() -> None:
     """Look everything up again."""
     for clear in _caches:

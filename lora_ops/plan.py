@@ -30,11 +30,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ops_configs.lora import TILE_ROWS
 from ops_configs.store import SMALL_BATCH
 
 NO_ADAPTER = -1
 NO_TILE = -2
-TILE_ROWS = (16, 64)
 
 
 def tile_rows_for(num_rows: int) -> int:

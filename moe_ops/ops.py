@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from ops_configs.moe import TILE_ROWS, fitted, moe_default, shared_bytes
+from ops_configs.moe import TILE_ROWS, fitted, moe_default
+from ops_configs.store import shared_bytes
 from ops_patches.library import op_library, uses_kernels
 
 from . import checks, reference

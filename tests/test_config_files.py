@@ -17,7 +17,7 @@ from ops_configs import files, lora, store
 from ops_configs.lora import ExpandConfig, ShrinkConfig
 from ops_patches import state
 
-from .conftest import GPU
+from .conftest import GPU, properties
 
 pytestmark = pytest.mark.usefixtures("one_gpu")
 
@@ -316,3 +316,18 @@ def test_every_shipped_file_is_valid_and_complete(monkeypatch):
         assert files.gpu_folder(file.metadata["gpu"]) == path.parent.name
         for entry in file.raw.values():
             assert entry["us"] == entry["default_us"] or entry["us"] <= 0.97 * entry["default_us"] + 0.01
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("rank", [8, 64, 128, 512])
+def test_fp32_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(kib << 10))
+    for rows in store.BUCKETS:
+        tile = tile_rows_for(rows)
+        shrink = lora.shrink_config(14336, 2, rank, rows, torch.float32, CUDA)
+        expand = lora.expand_config((28672, 4096), rank, rows, torch.float32, CUDA)
+        assert 4 * shrink.num_stages * (tile + shrink.block_n) * shrink.block_k <= kib << 10
+        assert 4 * expand.num_stages * (tile + expand.block_n) * expand.block_r <= kib << 10
+        assert shrink.num_stages >= 2 <= expand.num_stages
+        assert min(shrink.block_k, expand.block_r) >= min(16, rank)
+        assert lora.shrink_config(14336, 2, rank, rows, BF16, CUDA) == lora.shrink_default(14336, 2, rank, rows)

@@ -402,6 +402,12 @@ def test_moe_config(compiler, name):
         run_config(name)
     check(kernels)
     launched = {kernel.name: kernel for kernel in kernels}
+    down = launched["stationary_kernel" if config.down.stationary else "grouped_gemm_kernel"]
+    if down.constants.get("OUT_TMA"):
+        _, sizes, options = CONFIGS[name]
+        itemsize = 1 if "w8a8" in options.get("quant", "") else 2
+        counted = moe.shared_memory(config.down, 1, itemsize, sizes[3])
+        assert counted - 1024 <= down.shared <= counted + 1024, "what launch parameters are refused by"
     assert launched["gate_up_kernel"].constants["OUT_TMA"] == config.gate_up.tma_store
     assert ("permute_kernel" in launched) == config.gate_up.permute
     assert ("stationary_kernel" in launched) == config.down.stationary

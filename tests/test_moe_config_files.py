@@ -245,6 +245,10 @@ BAD = {
     "negative": {"gate_up": HALF, "down": {**HALF, "num_stages": -1}},
     "too wide for TMA": {"gate_up": HALF, "down": {**HALF, "block_n": 512, "block_k": 16}},
     "more than a GPU holds": {"gate_up": {**HALF, "block_n": 256, "block_k": 256}, "down": HALF},
+    "more than a GPU holds, with the output": {
+        "gate_up": {**HALF, "block_m": 128},
+        "down": asdict(MoeConfig(128, 256, 64, 8, 4, 8, persistent=True)),
+    },
 }
 
 

@@ -316,7 +316,7 @@ def shrink(
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=min(config.block_k, chunk_k(k)),  # a step stays in its chunk
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

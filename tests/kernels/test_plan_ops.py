@@ -8,6 +8,7 @@ import lora_ops
 from lora_ops import launches, ops, reference
 from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
 from lora_ops.plan import plan_args
+from ops_configs.lora import ShrinkConfig, pinned
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
 
@@ -194,6 +195,16 @@ def test_views_of_one_packed_buffer(device):
     lora_ops.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
     lora_ops.lora_linear(layer.y, layer.x, *views, layer.plan)
     assert torch.equal(layer.y, expected)
+
+
+@pytest.mark.parametrize("k", [600, 2048])
+def test_steps_longer_than_a_chunk(device, k):
+    """A file may ask for them."""
+    layer = make_layer(Case(5, k, (32,), 8, 3, "long steps"), torch.float16, device)
+    with pinned(5, ShrinkConfig(16, 1024, 4, 1), None):
+        expected = reference_linear(layer, layer.y, 1.0, True)
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
+    assert_close(layer.y, expected, tolerance(torch.float16))
 
 
 @pytest.mark.parametrize("rank", [8, 64])
