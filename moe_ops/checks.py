@@ -121,7 +121,7 @@ def fused_experts(
         )
 
 
-def quantize(x, quant, scale, per_token, group) -> None:
+def quantize(x, quant, scale, per_token, group, power_of_two_scales) -> None:
     """Checks the arguments of `reference.quantize`."""
     op = "quantize"
     if quant not in QUANTS or quant == "int8_w8a16":
@@ -132,17 +132,22 @@ def quantize(x, quant, scale, per_token, group) -> None:
         raise ValueError(f"{op}: give at most one of scale, per_token and group")
     if group is not None and group < 1:
         raise ValueError(f"{op}: group is {group}, expected at least 1 column")
+    if power_of_two_scales and group is None:
+        raise ValueError(f"{op}: power_of_two_scales are scales of groups: give group, or leave it out")
     if scale is not None:
         _scale(op, "scale", scale, x.device, ((), (1,), (x.shape[0], 1)), "one element, or [rows, 1]")
 
 
-def fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape) -> None:
+def fused_experts_scales(
+    quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape, power_of_two_scales
+) -> None:
     """Checks the quantisation of `reference.fused_experts`."""
     op = "fused_experts"
     activation_scales = {"a1_scale": a1_scale, "a2_scale": a2_scale}
     if quant is None:
         given = {"w13_scale": w13_scale, "w2_scale": w2_scale} | activation_scales | {"block_shape": block_shape}
         unused = [name for name, value in given.items() if value is not None] + ["per_token"] * per_token
+        unused += ["power_of_two_scales"] * power_of_two_scales
         for name, w in (("w13", w13), ("w2", w2)):
             if w.dtype in QUANTS.values():
                 fitting = " or ".join(quant for quant, dtype in QUANTS.items() if dtype == w.dtype)
@@ -163,6 +168,11 @@ def fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale
         if block_shape is not None:
             columns = f"{block_shape[1]} columns of a row"
             raise ValueError(f"{op}: with block_shape activations get a scale for each {columns}: {leave_out}")
+    if power_of_two_scales and (quant != "fp8_w8a8" or block_shape is None):
+        layer = f"{quant} {'without' if block_shape is None else 'with'} block_shape"
+        raise ValueError(
+            f"{op}: power_of_two_scales are those of fp8_w8a8 with block_shape, this is {layer}: leave it out"
+        )
     experts = w2.shape[0]
     for name, scale in activation_scales.items():
         if scale is not None:

@@ -81,6 +81,7 @@ def run_planned(
     a2_scale,
     per_token,
     block_shape,
+    power_of_two_scales,
     **activation,
 ) -> None:
     """The layer, in tiles of rows of one expert."""
@@ -102,8 +103,9 @@ def run_planned(
     gather = a1_scale is None or a1_scale.numel() == 1
     x, x_scale, h_scale, h_dtype = hidden, None, None, hidden.dtype
     if quant in ("fp8_w8a8", "int8_w8a8"):  # once for a token; with a scale for each expert, once for a choice
+        how = {"group": group, "power_of_two_scales": power_of_two_scales}
         by_choice = {} if gather else {"plan": plan, "gather": True}
-        x, x_scale = quantize(hidden, quant, a1_scale, per_token and a1_scale is None, group, **by_choice)
+        x, x_scale = quantize(hidden, quant, a1_scale, per_token and a1_scale is None, **how, **by_choice)
         if group is not None and config.gate_up.block_n % group == 0:
             h_dtype, h_scale = w2.dtype, group_scales(choices, -(-inner // group), True, hidden.device)
     elif config.gate_up.permute:
@@ -122,12 +124,13 @@ def run_planned(
         w_scale=w13_scale,
         block_shape=block_shape,
         out_scale=h_scale,
+        power_of_two_scales=power_of_two_scales,
         round_to=hidden.dtype,
         gather=gather,
         pdl=pdl,
     )
     if x_scale is not None and h_scale is None:
-        h, h_scale = quantize(h, quant, a2_scale, per_token and a2_scale is None, group, plan)
+        h, h_scale = quantize(h, quant, a2_scale, per_token and a2_scale is None, **how, plan=plan)
     y = hidden.new_empty(choices, width)
     scales = {"x_scale": h_scale, "w_scale": w2_scale, "block_shape": block_shape}
     grouped_gemm(h, w2, y, plan, config.down, bias=bias2, weights=on_output, **scales, pdl=pdl)

@@ -34,7 +34,7 @@ def _plan_args(plan: RoutingPlan) -> tuple[list[torch.Tensor], int, int]:
     return [getattr(plan, name) for name in PLAN_ARRAYS], plan.top_k, plan.tile_rows
 
 
-def _fake_quantize(x, quant, scale, per_token, group):
+def _fake_quantize(x, quant, scale, per_token, group, power_of_two_scales):
     shape = (1,)
     if scale is not None:
         shape = scale.shape
@@ -46,20 +46,22 @@ def _fake_quantize(x, quant, scale, per_token, group):
 
 
 @_register(
-    "quantize(Tensor x, str quant, Tensor? scale, bool per_token, int? group)", "(Tensor, Tensor)", _fake_quantize
+    "quantize(Tensor x, str quant, Tensor? scale, bool per_token, int? group, bool power_of_two_scales)",
+    "(Tensor, Tensor)",
+    _fake_quantize,
 )
-def _quantize(x, quant, scale, per_token, group):
-    checks.quantize(x, quant, scale, per_token, group)
+def _quantize(x, quant, scale, per_token, group, power_of_two_scales):
+    checks.quantize(x, quant, scale, per_token, group, power_of_two_scales)
     x = _rows_contiguous(x)
     checks.kernel_operands("quantize", "x", x=x)
     if quant == "fp8_w8a8":
         checks.fp8_device("quantize", x.device)
     if not uses_kernels(x) or x.numel() == 0 or (scale is not None and scale.numel() > 1):
-        q, found = reference.quantize(x, quant, scale, per_token, group)
+        q, found = reference.quantize(x, quant, scale, per_token, group, power_of_two_scales)
     else:
         from .kernels.quantize import quantize as kernel
 
-        q, found = kernel(x, quant, scale, per_token, group)
+        q, found = kernel(x, quant, scale, per_token, group, power_of_two_scales)
     return q, found if scale is None else found.clone()  # an op returns nothing that it was given
 
 
@@ -104,7 +106,8 @@ LAYER = (
     "Tensor hidden, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, str activation, bool gated, "
     "bool interleaved, float swiglu_alpha, float swiglu_limit, Tensor? bias13, Tensor? bias2, Tensor? expert_map, "
     "bool apply_router_weight_on_input, float routed_scaling, str? quant, Tensor? w13_scale, Tensor? w2_scale, "
-    "Tensor? a1_scale, Tensor? a2_scale, bool per_token, int[]? block_shape, int? global_experts"
+    "Tensor? a1_scale, Tensor? a2_scale, bool per_token, int[]? block_shape, bool power_of_two_scales, "
+    "int? global_experts"
 )
 
 
@@ -146,6 +149,7 @@ def _check_layer(
     a2_scale,
     per_token,
     block_shape,
+    power_of_two_scales,
     **_,
 ) -> torch.Tensor:
     """Check a layer's arguments; hidden as the kernels take it."""
@@ -153,7 +157,8 @@ def _check_layer(
     checks.fused_experts(
         hidden, w13, w2, topk_weights, topk_ids, gated, bias13, bias2, expert_map, apply_router_weight_on_input
     )
-    checks.fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape)
+    scales = (w13_scale, w2_scale, a1_scale, a2_scale)
+    checks.fused_experts_scales(quant, w13, w2, *scales, per_token, block_shape, power_of_two_scales)
     checks.activation(activation, gated, interleaved)
     hidden = _rows_contiguous(hidden)
     checks.kernel_operands(op, "hidden", hidden=hidden, w13=w13, w2=w2)
@@ -186,6 +191,7 @@ def _layer(
     a2_scale,
     per_token,
     block_shape,
+    power_of_two_scales,
     global_experts,
 ):
     """Write the layer to out, which may be hidden: nothing reads hidden once out is written."""
@@ -207,6 +213,7 @@ def _layer(
         "a2_scale": a2_scale,
         "per_token": per_token,
         "block_shape": block_shape,
+        "power_of_two_scales": power_of_two_scales,
     }
     hidden = _check_layer(hidden, w13, w2, topk_weights, topk_ids, **options)
     if not uses_kernels(hidden):
@@ -223,9 +230,10 @@ def quantize(
     scale: torch.Tensor | None = None,
     per_token: bool = False,
     group: int | None = None,
+    power_of_two_scales: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [R, K] in 8 bits and its scale, the very values of `reference.quantize`; x is fp16, bf16 or fp32."""
-    return torch.ops.moe_ops.quantize(x, quant, scale, per_token, group)
+    return torch.ops.moe_ops.quantize(x, quant, scale, per_token, group, power_of_two_scales)
 
 
 def grouped_gemm(
@@ -288,6 +296,7 @@ def fused_experts(
     a2_scale: torch.Tensor | None = None,
     per_token: bool = False,
     block_shape: tuple[int, int] | None = None,
+    power_of_two_scales: bool = False,
     global_experts: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -328,6 +337,7 @@ def fused_experts(
         a2_scale,
         per_token,
         block_shape,
+        power_of_two_scales,
         global_experts,
     )
     if out is None:
@@ -348,7 +358,8 @@ def warmup_layer(
 ) -> None:
     """Compile whatever `fused_experts` may launch for this layer, at any number of tokens; on a GPU only.
 
-    A server calls it once for each kind of layer, before it takes requests. Counts no hit.
+    A server calls it once for each kind of layer, before it takes requests. Counts no hit. While a CUDA graph is
+    captured it checks the arguments and compiles nothing.
 
     Args:
         w13, w2: of the layer.
@@ -364,10 +375,12 @@ def warmup_layer(
     options = {**fused_experts.__kwdefaults__, **layer}
     options |= {name: float(options[name]) for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling")}  # as the op
     del options["out"]
-    hidden = torch.zeros(1, w2.shape[1], dtype=dtype, device=w2.device)
-    weights = torch.zeros(1, top_k, dtype=weights_dtype, device=w2.device)
-    ids = torch.zeros(1, top_k, dtype=ids_dtype, device=w2.device)
+    capturing = w2.is_cuda and torch.cuda.is_current_stream_capturing()
+    filled = torch.empty if capturing else torch.zeros  # a graph would fill with zeros each time
+    hidden = filled(1, w2.shape[1], dtype=dtype, device=w2.device)
+    weights = filled(1, top_k, dtype=weights_dtype, device=w2.device)
+    ids = filled(1, top_k, dtype=ids_dtype, device=w2.device)
     _check_layer(hidden, w13, w2, weights, ids, **options)
-    if hidden.is_cuda:
+    if hidden.is_cuda and not capturing:
         with torch.cuda.device(hidden.device):
             compile_layer(hidden, w13, w2, weights, ids, **options)

@@ -39,6 +39,7 @@ def quantize(
     scale: torch.Tensor | None = None,
     per_token: bool = False,
     group: int | None = None,
+    power_of_two_scales: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x / scale in the activations' dtype of `quant`, to nearest even, beyond its range the largest it has.
 
@@ -49,6 +50,8 @@ def quantize(
             / 127 for int8, of the whole tensor, or
         per_token: of each row, or
         group: of each `group` columns of a row, the last group of a row may be smaller.
+        power_of_two_scales: round the scales of groups up to powers of two, which have the format UE8M0 (8 bits of
+            exponent alone) of OCP microscaling and of DeepGEMM; they stay in fp32.
 
     Returns:
         q [R, K], and its fp32 scale: the given one, else [1], [R, 1] or [R, ceil(K / group)].
@@ -56,7 +59,7 @@ def quantize(
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which.
     """
-    checks.quantize(x, quant, scale, per_token, group)
+    checks.quantize(x, quant, scale, per_token, group, power_of_two_scales)
     dtype = QUANTS[quant]
     x = x.float()
     if scale is None:
@@ -71,6 +74,9 @@ def quantize(
             absmax = F.pad(magnitudes.flatten(), (0, 1)).amax(0, keepdim=True)
         limit = torch.full((), LIMITS[dtype], device=x.device)  # by a number, CUDA would multiply by its reciprocal
         scale = absmax.clamp(min=SMALLEST_ABSMAX) / limit
+        if power_of_two_scales:  # the fraction carries into the exponent; infinite and NaN stay as they are
+            bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+            scale = torch.where(scale.isfinite(), bits.view(torch.float32), scale)
     q = x * (1 / _row_scale(scale, group, x.shape[1]))
     if dtype == torch.int8:
         return q.round().clamp(-128, 127).to(dtype), scale
@@ -208,6 +214,7 @@ def fused_experts(
     a2_scale: torch.Tensor | None = None,
     per_token: bool = False,
     block_shape: tuple[int, int] | None = None,
+    power_of_two_scales: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out[m] = routed_scaling * sum over k of topk_weights[m, k] * expert topk_ids[m, k] of hidden[m].
@@ -234,6 +241,8 @@ def fused_experts(
         per_token: for each row,
         block_shape: (bn, bk): weights have a scale for each bn x bk block, activations for each bk columns of a row,
             neither: one for the whole tensor.
+        power_of_two_scales: of fp8_w8a8 with block_shape: round the scales of activations up to powers of two (UE8M0),
+            see `quantize`; those of the weights are as they are given.
         out: [M, H], dtype of hidden, contiguous: where the result goes; may be hidden itself.
 
     Returns:
@@ -247,7 +256,8 @@ def fused_experts(
     checks.fused_experts(
         hidden, w13, w2, topk_weights, topk_ids, gated, bias13, bias2, expert_map, apply_router_weight_on_input
     )
-    checks.fused_experts_scales(quant, w13, w2, w13_scale, w2_scale, a1_scale, a2_scale, per_token, block_shape)
+    scales = (w13_scale, w2_scale, a1_scale, a2_scale)
+    checks.fused_experts_scales(quant, w13, w2, *scales, per_token, block_shape, power_of_two_scales)
     checks.activation(activation, gated, interleaved)
     checks.out("fused_experts", out, hidden)
     num_experts, top_k = w13.shape[0], topk_ids.shape[1]
@@ -255,7 +265,7 @@ def fused_experts(
     weights = topk_weights.flatten()[:, None].float()
     choices_of = [torch.nonzero(experts == expert).flatten() for expert in range(num_experts)]
     act = {"gated": gated, "interleaved": interleaved, "swiglu_alpha": swiglu_alpha, "swiglu_limit": swiglu_limit}
-    rounding = (quant, per_token, block_shape)
+    rounding = (quant, per_token, block_shape, power_of_two_scales)
 
     x_of = _activations(hidden.float(), a1_scale, *rounding)
     # zeros of choices without expert do not count in a scale
@@ -286,7 +296,9 @@ def _weight(w, scale, expert, block_shape) -> torch.Tensor:
     return dequantize(w[one], None if scale is None else scale[one], block_shape)[0]
 
 
-def _activations(x, scale, quant, per_token, block_shape) -> Callable[[torch.Tensor, int], torch.Tensor]:
+def _activations(
+    x, scale, quant, per_token, block_shape, power_of_two_scales
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """(indices, expert) -> those rows of x [R, K], quantised and fp32 again, as the expert reads them.
 
     A scale of the whole tensor counts all rows of x.
@@ -296,7 +308,7 @@ def _activations(x, scale, quant, per_token, block_shape) -> Callable[[torch.Ten
     group = None if block_shape is None else block_shape[1]
 
     def rounded(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        q, scale = quantize(x, quant, scale, per_token, group)
+        q, scale = quantize(x, quant, scale, per_token, group, power_of_two_scales)
         return q.float() * _row_scale(scale, group, x.shape[1])
 
     if scale is not None and scale.numel() > 1:

@@ -70,12 +70,11 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
 
 
 def _warmed_up(w13, w2, top_k, **layer) -> str:
-    """Compile the layer's kernels, but not into a CUDA graph; why our kernels do not take it, or nothing."""
+    """Check the layer, compile its kernels, but not into a CUDA graph; why our kernels do not take it, or nothing."""
     if w2.is_cuda and torch.cuda.is_current_stream_capturing():
         logger.warning(
             "moe_ops: a layer was first seen while a CUDA graph is captured: its kernels compile as they come"
         )
-        return ""
     try:
         moe_ops.warmup_layer(w13, w2, top_k, **layer)
     except (ValueError, TypeError) as error:
@@ -122,6 +121,8 @@ def quantisation(
             raise LeftToHost("int8_w8a16 in groups")
         a1_scale = a2_scale = None
         per_token = False
+    if quant == "int8_w8a8" and per_token:  # the hosts look at no static scale then
+        a1_scale = a2_scale = None
     if block_shape is not None:  # the hosts have no other activation scales beside blocks
         block_shape = tuple(block_shape)
         a1_scale = a2_scale = None

@@ -60,6 +60,23 @@ def _batch_invariant() -> None:
         raise LeftToHost("VLLM_BATCH_INVARIANT: the rows of a tile depend on the batch")
 
 
+def _quantisation(hidden, w13, w2, quant: str | None, *scales) -> dict:
+    """`moe_common.quantisation`, and the format of the scales that vLLM gives to groups of fp8 activations.
+
+    With DeepGEMM on the machine they are powers of two, by default, on whichever backend the layer runs: vLLM's
+    per_token_group_quant_fp8 asks the same function.
+
+    Raises:
+        LeftToHost: dtypes, devices or shapes of scales that our kernels do not take.
+    """
+    arguments = moe_common.quantisation(hidden, w13, w2, quant, *scales)
+    if quant == "fp8_w8a8" and arguments["block_shape"] is not None:
+        from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
+        arguments["power_of_two_scales"] = is_deep_gemm_e8m0_used()
+    return arguments
+
+
 def from_function(
     hidden_states,
     w1,
@@ -110,7 +127,7 @@ def from_function(
         "expert_map": expert_map,
         "apply_router_weight_on_input": apply_router_weight_on_input,
         **activation_of(activation),
-        **moe_common.quantisation(hidden_states, w1, w2, quant, *scales),
+        **_quantisation(hidden_states, w1, w2, quant, *scales),
     }
 
 
@@ -162,9 +179,7 @@ def from_experts(
         "expert_map": expert_map,
         "out": output,
         **activation_of(activation.value, *_clamped_swiglu(self)),
-        **moe_common.quantisation(
-            hidden_states, w1, w2, quant, *scales, config.per_act_token_quant, config.block_shape
-        ),
+        **_quantisation(hidden_states, w1, w2, quant, *scales, config.per_act_token_quant, config.block_shape),
     }
 
 
@@ -282,6 +297,13 @@ CONTRACTS = (
         VERSIONS,
         "How the layer is quantised.",
         fields=("_a1", "_a2", "_w1", "_w2"),
+        platform="cuda",
+    ),
+    Contract(
+        "vllm.utils.deep_gemm:is_deep_gemm_e8m0_used",
+        VERSIONS,
+        "Whether the scales of groups of fp8 activations are powers of two.",
+        signature="()",
         platform="cuda",
     ),
     Contract(

@@ -281,6 +281,7 @@ LAYERS = {
     "fp8 blocks": (DEEPSEEK, FP8_BLOCKS),
     "fp8 blocks, more steps": ((512, 10, 2048, 512), FP8_BLOCKS | GPT_OSS),
     "fp8 blocks, most experts": ((64, 16, 2048, 512), FP8_BLOCKS),
+    "fp8 blocks, powers of two": (DEEPSEEK, FP8_BLOCKS | {"power_of_two_scales": True}),
     "fp8 tensor": (MIXTRAL, {"quant": "fp8_w8a8"}),
     "int8 channel and token": (QWEN, INT8_CHANNELS),
     "int8 weights": (QWEN, INT8_WEIGHTS),
@@ -309,7 +310,10 @@ def test_moe_layer(compiler, name):
             assert "wgmma" in kernel.ptx, f"{kernel} does not run on the tensor cores of compute capability 9.0"
 
 
-@pytest.mark.parametrize("name", ["qwen", "fp8 blocks", "fp8 blocks, more steps", "fp8 blocks, most experts"])
+CHOICE_BY_CHOICE = ["qwen", "fp8 blocks", "fp8 blocks, more steps", "fp8 blocks, most experts"]
+
+
+@pytest.mark.parametrize("name", [*CHOICE_BY_CHOICE, "fp8 blocks, powers of two"])
 def test_moe_choice_by_choice(compiler, name):
     """Weights are read 16 bytes at a time, all of a step before any is used; of fp8 scales, one for each 16 bytes."""
     sizes, options = LAYERS[name]
@@ -372,6 +376,11 @@ CONFIGS = {
         LayerConfig(MoeConfig(64, 128, 128, 8, 2, 8), MIDDLE.down),
         SHORT,
         FP8_BLOCKS,
+    ),
+    "fp8 blocks, powers of two, the first half's output quantised by it": (
+        LayerConfig(MoeConfig(64, 128, 128, 8, 2, 8), MIDDLE.down),
+        SHORT,
+        FP8_BLOCKS | {"power_of_two_scales": True},
     ),
     "fp8 static for each expert": (SMALL, QWEN, STATIC),
     "int8 blocks": (SMALL, SHORT, {"quant": "int8_w8a8", "block_shape": (128, 128)}),

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from moe_ops import launches
 from ops_patches import counters, moe_common, sglang_moe, vllm_moe
 from ops_patches.moe_common import LeftToHost
 
@@ -32,6 +34,13 @@ def test_blocks_have_no_other_scales_of_activations():
     assert found["block_shape"] == (3, 2)
     assert found["a1_scale"] is None
     assert found["per_token"] is False
+
+
+def test_int8_tokens_with_scales_of_their_own_have_no_static_one():
+    scales = torch.rand(E, N), torch.rand(E, K), torch.rand(1)
+    assert quantisation("int8_w8a8", INT8, *scales, per_token=True)["a1_scale"] is None
+    assert quantisation("int8_w8a8", INT8, *scales, per_token=False)["a1_scale"] is not None
+    assert quantisation("fp8_w8a8", FP8, *scales, per_token=True)["a1_scale"] is not None
 
 
 def test_layers_that_are_not_quantised_have_no_more_arguments():
@@ -163,6 +172,21 @@ def test_forms_that_ours_refuse_stay_with_the_host(monkeypatch):
     monkeypatch.setattr(moe_common.moe_ops, "fused_experts", broken, raising=False)
     with pytest.raises(RuntimeError, match="injected fault"):
         routed(**call)
+
+
+def test_a_layer_first_seen_in_a_capture_is_checked_and_not_compiled(monkeypatch):
+    """On fake tensors of a GPU. What is not taken is the host's; nothing is filled, which would be in the graph."""
+    monkeypatch.setattr(moe_common, "_seen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(launches, "compile_layer", lambda *args, **options: pytest.fail("compiled"))
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: pytest.fail("filled"))
+    monkeypatch.setattr(moe_common.moe_ops, "fused_experts", lambda *args, **options: "ours", raising=False)
+    routed = moe_common.or_host(lambda **call: "the host's", lambda **call: call)
+    with FakeTensorMode(), torch.device("cuda"):
+        call = {"hidden": torch.empty(3, K), "w13": torch.empty(E, 2 * I, K), "w2": torch.empty(E, K, I)}
+        call |= {"topk_weights": torch.empty(3, 2), "topk_ids": torch.empty(3, 2, dtype=torch.int32)}
+        assert routed(**call) == "ours"
+        assert routed(**call | {"bias2": torch.empty(E, K + 1)}) == "the host's"
 
 
 def test_the_front_doors_of_both_hosts_need_neither():

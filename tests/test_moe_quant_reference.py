@@ -49,6 +49,23 @@ def test_quantize(quant, how):
     assert q.float().abs().max() == limit
 
 
+@pytest.mark.parametrize("quant", ACTIVATION_QUANTS)
+def test_power_of_two_scales_are_those_of_groups_rounded_up(quant):
+    x = torch.randn(TOKENS, HIDDEN) * torch.logspace(-3, 3, TOKENS)[:, None]
+    _, exact = quantize(x, quant, group=32)
+    q, scale = quantize(x, quant, group=32, power_of_two_scales=True)
+    assert torch.equal(scale, torch.exp2(exact.log2().ceil()))
+    again, _ = quantize(x[:, :32], quant, scale=scale[:, :1])
+    assert torch.equal(q[:, :32].float(), again.float())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_power_of_two_scales_of_what_is_no_number(value):
+    q, scale = quantize(torch.tensor([[1.0, value]]), "fp8_w8a8", group=2, power_of_two_scales=True)
+    assert str(scale.item()) == str(value)
+    assert not q.float()[0, 1].isfinite()
+
+
 def test_quantize_rounds_to_even_and_saturates():
     x = torch.tensor([[0.5, 1.5, -2.5, 126.5, 127.5, 300.0, -300.0]])
     q, _ = quantize(x, "int8_w8a8", scale=torch.ones(1))
@@ -120,6 +137,11 @@ LAYERS = {
     ),
     "fp8 channel and token": ("fp8_w8a8", {"channels": True}, {"per_token": True}),
     "fp8 blocks": ("fp8_w8a8", {"block_shape": (20, 32)}, {"block_shape": (20, 32)}),
+    "fp8 blocks, powers of two": (
+        "fp8_w8a8",
+        {"block_shape": (20, 32)},
+        {"block_shape": (20, 32), "power_of_two_scales": True},
+    ),
     "int8 tensor": ("int8_w8a8", {}, {}),
     "int8 channel and token": ("int8_w8a8", {"channels": True}, {"per_token": True}),
     "int8 blocks": ("int8_w8a8", {"block_shape": (64, 64)}, {"block_shape": (64, 64)}),
@@ -146,7 +168,8 @@ def test_layer_by_its_definition(name, on_input):
         if scale is not None and scale.numel() > 1:
             scale = scale[experts][:, None]
         group = None if block_shape is None else block_shape[1]
-        q, scale = quantize(x, quant, scale, options.get("per_token", False), group)
+        rounding = options.get("per_token", False), group, options.get("power_of_two_scales", False)
+        q, scale = quantize(x, quant, scale, *rounding)
         return q.float() * (scale if group is None else scale.repeat_interleave(group, 1)[:, : x.shape[1]])
 
     experts = ids[tokens, ks]

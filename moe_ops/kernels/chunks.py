@@ -34,12 +34,13 @@ def load_x_chunks(rows, here, k0, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def quantized_chunks(x, GROUP: tl.constexpr):
+def quantized_chunks(x, GROUP: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """What `quantize` makes of chunks [C, T, CHUNK], of groups of GROUP columns: fp32 values, and scales [C, T]."""
     C: tl.constexpr = x.shape[0]
     T: tl.constexpr = x.shape[1]
     absmax = tl.max(magnitude(x), 2).reshape(C * CHUNK // GROUP, GROUP // CHUNK, T)
-    scale = tl.broadcast_to(scale_of(tl.max(absmax, 1), FP8_LIMIT)[:, None, :], absmax.shape).reshape(C, T)
+    scale = scale_of(tl.max(absmax, 1), FP8_LIMIT, POWER_OF_TWO)
+    scale = tl.broadcast_to(scale[:, None, :], absmax.shape).reshape(C, T)
     return rounded(x.to(tl.float32), scale[:, :, None], FP8_LIMIT, tl.float8e4nv), scale
 
 
@@ -92,6 +93,7 @@ def gate_up_of_chunks(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     ONE_SCALE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -117,7 +119,7 @@ def gate_up_of_chunks(
         if GATED:
             up = load_w_chunks(up_rows, live, up_scales, scales_live, w_scale[3], k0, K, BLOCK_K, SCALE_K)
         x = load_x_chunks(x_row + one, one == 0, k0, K, BLOCK_K)
-        x, x_scale = quantized_chunks(x, SCALE_K)
+        x, x_scale = quantized_chunks(x, SCALE_K, POWER_OF_TWO)
         gates = add_chunks(gates, x, x_scale, gate)
         if GATED:
             ups = add_chunks(ups, x, x_scale, up)
@@ -136,6 +138,7 @@ def down_of_chunks(
     scale_stride,
     K: tl.constexpr,
     SCALE_K: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -147,10 +150,10 @@ def down_of_chunks(
     w = load_w_chunks(rows, live, scales, scales_live, scale_stride, 0, K, BLOCK_K, SCALE_K)
     if PDL:
         tl.extra.cuda.gdc_wait()  # for h
-    h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, 0, K, BLOCK_K), SCALE_K)
+    h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, 0, K, BLOCK_K), SCALE_K, POWER_OF_TWO)
     sums = add_chunks(sums, h, h_scale * weights[None, :], w)
     for k0 in range(BLOCK_K, K, BLOCK_K):
         w = load_w_chunks(rows, live, scales, scales_live, scale_stride, k0, K, BLOCK_K, SCALE_K)
-        h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, k0, K, BLOCK_K), SCALE_K)
+        h, h_scale = quantized_chunks(load_x_chunks(h_rows, here, k0, K, BLOCK_K), SCALE_K, POWER_OF_TWO)
         sums = add_chunks(sums, h, h_scale * weights[None, :], w)
     return tl.sum(tl.sum(sums, 1), 0)

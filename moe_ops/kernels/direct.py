@@ -81,6 +81,7 @@ def gate_up_direct_kernel(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     ONE_SCALE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -125,6 +126,7 @@ def gate_up_direct_kernel(
             SCALE_N,
             SCALE_K,
             ONE_SCALE,
+            POWER_OF_TWO,
             BLOCK_N,
             BLOCK_K,
         )
@@ -167,6 +169,7 @@ def down_direct_kernel(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     ONE_SCALE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -222,6 +225,7 @@ def down_direct_kernel(
             w_scale[3],
             K,
             SCALE_K,
+            POWER_OF_TWO,
             BLOCK_K,
             PDL,
         )
@@ -254,6 +258,7 @@ def fused_experts_direct(
     w13_scale: torch.Tensor | None,
     w2_scale: torch.Tensor | None,
     block_shape: Sequence[int] | None,
+    power_of_two_scales: bool,
     pdl: bool,
 ) -> None:
     """Launch both halves of the layer; arguments as `moe_ops.fused_experts` has them, out [M, H] contiguous.
@@ -281,6 +286,7 @@ def fused_experts_direct(
         "TOP_K": top_k,
         "EXPERTS": experts,
         "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
+        "POWER_OF_TWO": power_of_two_scales,
         "PDL": pdl,
         "num_warps": 2,
         "launch_pdl": pdl,

@@ -110,6 +110,7 @@ def gate_up_tile(
     ONE_SCALE: tl.constexpr,
     OUT_GROUP: tl.constexpr,
     OUT_LIMIT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     ROUND_TO: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
@@ -194,7 +195,7 @@ def gate_up_tile(
     if out_scale_ptr is not None:  # columns from N on are zero: they count in no scale
         h = h.to(ROUND_TO).to(tl.float32)
         grouped = tl.reshape(h, BLOCK_M, BLOCK_N // OUT_GROUP, OUT_GROUP)
-        out_scale = scale_of(tl.max(magnitude(grouped), 2), OUT_LIMIT)
+        out_scale = scale_of(tl.max(magnitude(grouped), 2), OUT_LIMIT, POWER_OF_TWO)
         grouped = quantized(grouped, out_scale[:, :, None], OUT_LIMIT, out.dtype.element_ty)
         h = tl.reshape(grouped, BLOCK_M, BLOCK_N)
         groups = column // OUT_GROUP + tl.arange(0, BLOCK_N // OUT_GROUP)
@@ -246,6 +247,7 @@ def gate_up_kernel(
     ONE_SCALE: tl.constexpr,
     OUT_GROUP: tl.constexpr,
     OUT_LIMIT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     ROUND_TO: tl.constexpr,
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
@@ -311,6 +313,7 @@ def gate_up_kernel(
                 ONE_SCALE,
                 OUT_GROUP,
                 OUT_LIMIT,
+                POWER_OF_TWO,
                 ROUND_TO,
                 X_TMA,
                 TMA,
@@ -360,6 +363,7 @@ def gate_up_kernel(
         ONE_SCALE,
         OUT_GROUP,
         OUT_LIMIT,
+        POWER_OF_TWO,
         ROUND_TO,
         X_TMA,
         TMA,
@@ -396,6 +400,7 @@ def gate_up(
     w_scale: torch.Tensor | None = None,
     block_shape: Sequence[int] | None = None,
     out_scale: torch.Tensor | None = None,
+    power_of_two_scales: bool = False,
     round_to: torch.dtype | None = None,
     gather: bool = True,
     pdl: bool = False,
@@ -412,6 +417,7 @@ def gate_up(
         weights: [C] contiguous, routed weight of each choice, applied to x.
         x_scale, w_scale, block_shape: of quantised x and w13, as `tiles.scale_arguments` takes them.
         out_scale: fp32 [C, ceil(N / bk)] of block_shape, scales of quantised out; bk divides config.block_n.
+        power_of_two_scales: they are rounded up to powers of two.
         round_to: fp16, bf16 or fp32, which the activation is rounded to before out is quantised.
         gather: x has a row for each token, not for each row of the plan.
         pdl: start under the tail of the launch before, and let the next one do so.
@@ -462,6 +468,7 @@ def gate_up(
         **scales,
         OUT_GROUP=1 if out_scale is None else block_shape[1],
         OUT_LIMIT=LIMITS.get(out.dtype),
+        POWER_OF_TWO=power_of_two_scales,
         ROUND_TO=None if round_to is None else getattr(tl, str(round_to).removeprefix("torch.")),
         X_TMA=x_tma,
         TMA=tma,

@@ -33,9 +33,12 @@ def magnitude(x):
 
 
 @triton.jit
-def scale_of(absmax, LIMIT: tl.constexpr):
-    """Scale that takes the largest magnitude to LIMIT."""
-    return tl.div_rn(tl.maximum(absmax, FLOOR), tl.full((), LIMIT, tl.float32))
+def scale_of(absmax, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """Scale that takes the largest magnitude to LIMIT; POWER_OF_TWO: rounded up to one, as the reference does."""
+    scale = tl.div_rn(tl.maximum(absmax, FLOOR), tl.full((), LIMIT, tl.float32))
+    if POWER_OF_TWO:  # the fraction carries into the exponent; infinite stays so, and `magnitude` knows no NaN
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
 
 
 @triton.jit
@@ -78,6 +81,7 @@ def quantize_groups_kernel(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):
     """Grid: (rows, ceil(K / (GROUPS * GROUP))). A program owns GROUPS groups of a row; BLOCK is GROUP, padded."""
     row = tl.program_id(0)
@@ -91,7 +95,7 @@ def quantize_groups_kernel(
     if BLOCK != GROUP:
         mask &= (offsets < GROUP)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(magnitude(x), 1), LIMIT)
+    scale = scale_of(tl.max(magnitude(x), 1), LIMIT, POWER_OF_TWO)
     scale_pointers = scale_ptr + row.to(tl.int64) * scale_row_stride + groups * scale_group_stride
     tl.store(scale_pointers, scale, mask=groups * GROUP < K)
     q = quantized(x, scale[:, None], LIMIT, q_ptr.dtype.element_ty)
@@ -150,7 +154,7 @@ def quantize_tensor_kernel(
             return
     if parts_ptr is not None:
         parts = tl.arange(0, PARTS)
-        scale = scale_of(tl.max(tl.load(parts_ptr + parts, mask=parts < num_parts, other=0.0), 0), LIMIT)
+        scale = scale_of(tl.max(tl.load(parts_ptr + parts, mask=parts < num_parts, other=0.0), 0), LIMIT, False)
         if row + tl.program_id(1) == 0:
             tl.store(scale_ptr, scale)
     elif starts_ptr is None:
@@ -184,6 +188,7 @@ def quantize(
     scale: torch.Tensor | None = None,
     per_token: bool = False,
     group: int | None = None,
+    power_of_two_scales: bool = False,
     plan: RoutingPlan | None = None,
     gather: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +196,8 @@ def quantize(
 
     Args:
         x: [R, K], last dimension contiguous, at least one row; with a plan [C, K] in row order.
-        quant, scale, per_token, group: as the reference has them; a static scale has one element, or with a plan [E].
+        quant, scale, per_token, group, power_of_two_scales: as the reference has them; a static scale has one element,
+            or with a plan [E].
         plan: rows without expert stay as they are in q and in the scales of rows and groups.
         gather: x is [M, K], a row for each token, q has the rows of the plan; with a static scale.
 
@@ -221,6 +227,7 @@ def quantize(
             GROUPS=together,
             BLOCK=block,
             **constants,
+            POWER_OF_TWO=power_of_two_scales,
             num_warps=_warps(block * together),
         )
         return q, scale
@@ -243,7 +250,7 @@ def quantize(
         starts,
         num_parts,
         row_stride(x),
-        int(scale.numel() > 1),
+        scale.stride(0) if scale.numel() > 1 else 0,
         TOP_K=1 if plan is None else plan.top_k,
         GATHER=gather,
         EXPERTS=experts,

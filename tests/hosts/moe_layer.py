@@ -74,7 +74,7 @@ def compare(patch: Callable, status: Callable[[], dict], calls: dict[str, tuple[
     """Run the first call of each case unpatched and then, patched, the second: their difference, and what was counted.
 
     "difference" is the largest one relative to the largest value of its row, "rms" the largest ratio of the root mean
-    squares of a row.
+    squares of a row, "whole" that of all rows together.
     """
     host = {name: call().double() for name, (call, _) in calls.items()}
     report = {}
@@ -90,6 +90,7 @@ def compare(patch: Callable, status: Callable[[], dict], calls: dict[str, tuple[
             report[name] = {
                 "difference": float((differences.abs().amax(1) / rows.abs().amax(1).clamp(min=1e-9)).max()),
                 "rms": float((differences.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-9)).max()),
+                "whole": float(differences.norm() / rows.norm().clamp(min=1e-9)),
                 "fired": {target: count for target, count in fired.items() if count},
                 **counters.snapshot(),
             }

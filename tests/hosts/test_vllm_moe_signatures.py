@@ -79,6 +79,20 @@ def test_the_op_calls_the_function_that_we_replace_and_nobody_binds_it(tree):
             assert "fused_experts_impl" not in {alias.name for node in imports for alias in node.names}, file
 
 
+def test_groups_of_fp8_get_the_scales_that_vllm_has_for_all_its_backends(tree):
+    """No caller says otherwise: use_ue8m0 stays None, for which the function asks what we ask."""
+    quantize = "per_token_group_quant_fp8"
+    module = "vllm.model_executor.layers.quantization.utils.fp8_utils"
+    text = ast.unparse(definition(tree, f"{module}:{quantize}"))
+    assert "use_ue8m0: bool | None=None" in text
+    assert "if use_ue8m0 is None:\n        use_ue8m0 = is_deep_gemm_e8m0_used()" in text
+    layer = definition(tree, "vllm.model_executor.layers.fused_moe.utils:_fp8_quantize")
+    assert quantize in calls(layer)
+    assert "ue8m0" not in ast.unparse(layer)
+    binding = f"from vllm.model_executor.layers.quantization.utils.fp8_utils import {quantize}"
+    assert binding in ast.unparse(definition_module(tree, "vllm.model_executor.layers.fused_moe.utils"))
+
+
 def definition_module(tree, module: str) -> ast.Module:
     return ast.parse((tree / (module.replace(".", "/") + ".py")).read_text())
 

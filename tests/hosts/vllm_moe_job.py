@@ -4,10 +4,12 @@ Prints one JSON object: for each case the largest difference, relative to the la
 Needs TRITON_INTERPRET=1, CUDA_VISIBLE_DEVICES="" and vLLM's GPU sources on PYTHONPATH.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import vllm.platforms
@@ -44,6 +46,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noq
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (  # noqa: E402
     MoEPrepareAndFinalizeNoDPEPModular,
 )
+from vllm.utils import deep_gemm  # noqa: E402
 from vllm.v1.worker.workspace import init_workspace_manager  # noqa: E402
 
 import moe_ops  # noqa: E402
@@ -69,7 +72,9 @@ def stand_ins() -> None:
     _custom_ops.scaled_fp8_quant = lambda x, scale=None, use_per_token_if_dynamic=False: quantize(
         x, "fp8_w8a8", scale, per_token=use_per_token_if_dynamic and scale is None
     )
-    utils.per_token_group_quant_fp8 = lambda x, group, **layout: quantize(x, "fp8_w8a8", group=group)
+    utils.per_token_group_quant_fp8 = lambda x, group, **layout: quantize(
+        x, "fp8_w8a8", group=group, power_of_two_scales=deep_gemm.is_deep_gemm_e8m0_used()
+    )
     utils.per_token_quant_int8 = lambda x: quantize(x, "int8_w8a8", per_token=True)
     for module in (fused_moe, triton_moe):
         module.try_get_optimal_moe_config = lambda *args, **kwargs: dict(CONFIG)
@@ -146,6 +151,16 @@ class Layer(RandomLayer):
         return BOUND(*arguments, -1 if self.map is None else len(self.map), self.map, self.quant_config)
 
 
+@contextlib.contextmanager
+def with_deep_gemm():
+    """As where DeepGEMM is installed, by whose default the scales of groups are powers of two."""
+    there = {"is_deep_gemm_supported": lambda: True, "_lazy_init": lambda: None, "_fp8_gemm_nt_impl": object()}
+    with mock.patch.multiple(deep_gemm, **there):
+        deep_gemm.is_deep_gemm_e8m0_used.cache_clear()
+        yield
+    deep_gemm.is_deep_gemm_e8m0_used.cache_clear()
+
+
 BOUND = fused_moe.fused_experts
 SWIGLU = {"gemm1_alpha": 1.5, "gemm1_beta": 1.0, "gemm1_clamp_limit": 2.0}
 MAP = [-1, 0, 1, -1, 2, 3, 4]
@@ -170,6 +185,21 @@ FUNCTION = {
     "function, int8 channels": lambda: Layer(quant="int8_w8a8", per="channel"),  # TritonExperts refuses int8 in 0.26
     "function, fp8 blocks": lambda: Layer(quant="fp8_w8a8", per=BLOCK),
 }
+
+
+def watched(name: str, call, given: dict):
+    """The call, which notes under its name the power_of_two_scales that our layer is given, if any."""
+    fused_experts = moe_ops.fused_experts
+
+    def ours(*args, power_of_two_scales=None, **options):
+        given[name] = power_of_two_scales
+        return fused_experts(*args, power_of_two_scales=bool(power_of_two_scales), **options)
+
+    def run() -> torch.Tensor:
+        with mock.patch.object(moe_ops, "fused_experts", ours):
+            return call()
+
+    return run
 
 
 class Subclass(triton_moe.TritonExperts):
@@ -216,8 +246,12 @@ def main() -> None:
     inner = fp8.experts()
     calls["fp8 adapters"] = lambda: fp8.kernel(with_adapters(fp8))
     calls["fp8 inside others"] = lambda: fp8.kernel(Outer(inner))
-    pairs = {name: (call, call) for name, call in calls.items()}
+    for name in ("fp8", "fp8 blocks", "function, int8 channels", "function, fp8 blocks"):
+        calls[f"{name}, DeepGEMM there"] = with_deep_gemm()(calls[name])
+    given: dict = {}
+    pairs = {name: (call, watched(name, call, given)) for name, call in calls.items()}
     report: dict = {"cases": compare(moe_ops.patch_vllm, lambda: moe_ops.status()["vllm"], pairs)}
+    report["power_of_two_scales"] = given
     report["defers unpatched"] = fp8.experts().expects_unquantized_inputs
     with moe_ops.patch_vllm(strict=True):
         report["defers"] = fp8.experts().expects_unquantized_inputs

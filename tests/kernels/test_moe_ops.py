@@ -363,6 +363,7 @@ def test_schemas_and_fakes(device):
         "routed_scaling": 1.0,
         **dict.fromkeys(("quant", "w13_scale", "w2_scale", "a1_scale", "a2_scale", "block_shape")),
         "per_token": False,
+        "power_of_two_scales": False,
         "global_experts": 10,
     }
     args = tuple((layer | rest)[name] for name in order)

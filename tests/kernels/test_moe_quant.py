@@ -52,6 +52,7 @@ SCHEMES = {
     "fp8 channel and static": {"quant": "fp8_w8a8", "channels": True, "static": "one"},
     "fp8 blocks": {"quant": "fp8_w8a8", "block_shape": (32, 32)},
     "fp8 blocks of their own shape": {"quant": "fp8_w8a8", "block_shape": (24, 64)},
+    "fp8 blocks, powers of two": {"quant": "fp8_w8a8", "block_shape": (32, 32), "power_of_two_scales": True},
     "int8 tensor": {"quant": "int8_w8a8"},
     "int8 static for each expert": {"quant": "int8_w8a8", "static": "experts"},
     "int8 channel and token": {"quant": "int8_w8a8", "channels": True, "per_token": True},
@@ -65,8 +66,8 @@ SCHEMES = {
 def make_quantised(case: Case, scheme: str, dtype: torch.dtype, device: str) -> dict:
     options = dict(SCHEMES[scheme])
     static = options.pop("static", None)
-    per_token = options.pop("per_token", False)
-    layer = quantised(make_layer(case, dtype, device), **options) | {"per_token": per_token}
+    rounding = {name: options.pop(name, False) for name in ("per_token", "power_of_two_scales")}
+    layer = quantised(make_layer(case, dtype, device), **options) | rounding
     if static:
         shape = (1,) if static == "one" else (case.experts,)
         limit = LIMITS[QUANTS[options["quant"]]]
@@ -76,10 +77,16 @@ def make_quantised(case: Case, scheme: str, dtype: torch.dtype, device: str) -> 
 
 
 def to_another_step(
-    x: torch.Tensor, error: float, quant: str, scale: torch.Tensor | None, per_token: bool, group: int | None
+    x: torch.Tensor,
+    error: float,
+    quant: str,
+    scale: torch.Tensor | None,
+    per_token: bool,
+    group: int | None,
+    power_of_two_scales: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize`, but what an error, relative to the element or to the usual one, takes to another step is there."""
-    q, scale = quantize(x, quant, scale, per_token, group)
+    q, scale = quantize(x, quant, scale, per_token, group, power_of_two_scales)
     in_steps = x / (scale if scale.ndim < 2 or group is None else scale.repeat_interleave(group, 1)[:, : x.shape[1]])
     off = error * in_steps.abs().clamp_min(float(in_steps.square().mean().sqrt()))
     one = torch.ones(1, device=x.device)
@@ -170,6 +177,9 @@ DIRECT_CASES = [
 ]
 
 
+POWERS_OF_TWO_CASES = ("top 8, two steps of the first half", "top 10, two steps of the second half", "interleaved")
+
+
 def watch_direct(monkeypatch) -> list[int]:
     """Tokens of the batches that run choice by choice from now on."""
     ran, run_direct = [], launches.run_direct
@@ -188,6 +198,15 @@ def test_blocks_of_few_tokens(monkeypatch, case, block_shape, dtype, device, poi
     """Choice by choice: columns of a program under one scale or several, chunks of one step or more."""
     ran = watch_direct(monkeypatch)
     check(quantised(make_layer(case, dtype, device), "fp8_w8a8", block_shape), device)
+    assert ran == [case.tokens]
+
+
+@pytest.mark.parametrize("block_shape", [(32, 32), (128, 128)], ids=str)
+@pytest.mark.parametrize("case", [case for case in DIRECT_CASES if str(case) in POWERS_OF_TWO_CASES], ids=str)
+def test_blocks_of_few_tokens_under_powers_of_two(monkeypatch, case, block_shape, dtype, device, poisoned):  # noqa: F811
+    ran = watch_direct(monkeypatch)
+    layer = quantised(make_layer(case, dtype, device), "fp8_w8a8", block_shape)
+    check(layer | {"power_of_two_scales": True}, device)
     assert ran == [case.tokens]
 
 
@@ -212,24 +231,34 @@ def test_other_quantisations_of_one_token_have_a_plan(monkeypatch, change, devic
 
 @triton.jit
 def chunks_kernel(
-    x_ptr, q_ptr, scale_ptr, x_stride, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    x_stride,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
 ):
     """Rows in chunks, quantised: q and the scale of each chunk."""
     rows = tl.arange(0, ROWS)
-    q, scale = quantized_chunks(load_x_chunks(x_ptr + rows * x_stride, rows >= 0, 0, K, BLOCK_K), GROUP)
+    x = load_x_chunks(x_ptr + rows * x_stride, rows >= 0, 0, K, BLOCK_K)
+    q, scale = quantized_chunks(x, GROUP, POWER_OF_TWO)
     chunks = tl.arange(0, BLOCK_K // 16)
     elements = rows[None, :, None] * BLOCK_K + chunks[:, None, None] * 16 + tl.arange(0, 16)[None, None, :]
     tl.store(q_ptr + elements, q)
     tl.store(scale_ptr + rows[None, :] * (BLOCK_K // 16) + chunks[:, None], scale)
 
 
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
 @pytest.mark.parametrize(("columns", "group"), [(256, 128), (201, 32), (70, 64)])
-def test_chunks_are_quantised_as_by_the_reference(columns, group, dtype, device):
+def test_chunks_are_quantised_as_by_the_reference(columns, group, power_of_two_scales, dtype, device):
     """Bit for bit."""
     block, x = triton.next_power_of_2(columns), wide(8, columns, dtype, device)
     q, scale = torch.full((8, block), nan, device=device), torch.full((8, block // 16), nan, device=device)
-    chunks_kernel[(1,)](x, q, scale, x.stride(0), columns, 8, block, group)
-    expected, expected_scale = quantize(x, "fp8_w8a8", group=group)
+    chunks_kernel[(1,)](x, q, scale, x.stride(0), columns, 8, block, group, power_of_two_scales)
+    expected, expected_scale = quantize(x, "fp8_w8a8", group=group, power_of_two_scales=power_of_two_scales)
     assert torch.equal(q[:, :columns], expected.float())
     groups = expected_scale.shape[1]
     assert torch.equal(scale[:, :: group // 16][:, :groups], expected_scale)
@@ -288,6 +317,8 @@ HOW = {
     "group": lambda device: {"group": 32},
     "odd group": lambda device: {"group": 40},
     "group of more than a row": lambda device: {"group": 4096},
+    "group, powers of two": lambda device: {"group": 32, "power_of_two_scales": True},
+    "odd group, powers of two": lambda device: {"group": 40, "power_of_two_scales": True},
 }
 
 
@@ -300,6 +331,33 @@ def test_quantize_has_the_values_of_the_reference(how, quant, rows, columns, dty
     expected_q, expected_scale = quantize(x, quant, **options)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(q.float(), expected_q.float())
+    assert not options.get("power_of_two_scales") or powers_of_two(scale)
+
+
+def powers_of_two(scale: torch.Tensor) -> bool:
+    return bool((torch.frexp(scale.float()).mantissa == 0.5).all())
+
+
+def test_power_of_two_scales_are_the_next_ones(device):
+    """Of exact powers, of what is just below and above, of zeros; the largest magnitude takes half the range."""
+    exponents = torch.arange(-40, 119)
+    exact = 448 * torch.exp2(exponents.float())
+    below, above = (torch.nextafter(exact, torch.tensor(end)) for end in (0.0, inf))
+    x = torch.cat([exact, below, above, torch.zeros(1)])[:, None].to(device)
+    q, scale = moe_ops.quantize(x, "fp8_w8a8", group=32, power_of_two_scales=True)
+    smallest = torch.tensor([-42])  # 1e-10 / 448 rounded up
+    expected = torch.exp2(torch.cat([exponents, exponents, exponents + 1, smallest]).float())
+    assert torch.equal(scale.cpu().flatten(), expected)
+    assert (q.float()[:-1] >= 224).all()
+
+
+@pytest.mark.parametrize("value", [inf, nan], ids=str)
+def test_scales_of_what_is_no_number_are_none_beside_powers_of_two(value, dtype, device):
+    x = torch.tensor([[1.0, value], [3.0, 4.0]], dtype=dtype, device=device)
+    for run in (moe_ops.quantize, quantize):
+        _, scale = run(x, "fp8_w8a8", group=32, power_of_two_scales=True)
+        assert not scale[0].isfinite()
+        assert scale[1] == 2.0**-6
 
 
 def test_quantize_rounds_every_fp8_boundary_to_even(device):
@@ -439,9 +497,9 @@ def test_gate_up_of_blocks(config, block_shape, interleaved, device):
     assert out[live:].isnan().all()
 
 
-@pytest.mark.parametrize("quant", ACTIVATION_QUANTS)
+@pytest.mark.parametrize(("quant", "powers"), [("fp8_w8a8", False), ("fp8_w8a8", True), ("int8_w8a8", False)])
 @pytest.mark.parametrize(("n", "config"), [(72, CONFIGS[1]), (64, CONFIGS[2])])
-def test_gate_up_quantises_as_the_kernel_would(quant, n, config, dtype, device):
+def test_gate_up_quantises_as_the_kernel_would(quant, powers, n, config, dtype, device):
     """Bit for bit what quantising its output in the dtype of hidden gives; rows without expert are not written."""
     ids = torch.randint(-1, 4, (30, 2), dtype=torch.int32).to(device)
     plan = moe_ops.routing_plan(ids, 4, config.block_m)
@@ -453,10 +511,11 @@ def test_gate_up_quantises_as_the_kernel_would(quant, n, config, dtype, device):
     args["bias13"] = torch.randn(4, 2 * n, device=device)
     h = torch.empty(60, n, dtype=dtype, device=device)
     gate_up(x, layer["w13"], h, plan, config, **args)
-    expected, expected_scale = quantize(h[:live], quant, group=32)
+    expected, expected_scale = quantize(h[:live], quant, group=32, power_of_two_scales=powers)
     q = torch.full((60, n), 77.0, device=device).to(QUANTS[quant])
     scale = group_scales(60, -(-n // 32), True, device).fill_(nan)
-    gate_up(x, layer["w13"], q, plan, config, **args, out_scale=scale, round_to=dtype)
+    gate_up(x, layer["w13"], q, plan, config, **args, out_scale=scale, power_of_two_scales=powers, round_to=dtype)
+    assert powers_of_two(scale[:live]) == powers
     assert torch.equal(scale[:live], expected_scale)
     assert torch.equal(q[:live].float(), expected.float())
     assert (q[live:].float() == torch.tensor(77.0).to(QUANTS[quant]).float().item()).all()
@@ -470,6 +529,18 @@ def test_scales_may_have_any_strides(device):
     for name in ("x_scale", "w_scale"):
         operands[name] = operands[name].mT.contiguous().mT
     assert torch.equal(moe_ops.grouped_gemm(**operands, plan=plan, gather=True, out_dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 static for each expert", "int8 static for each expert"])
+def test_static_scales_may_have_any_strides(scheme, device):
+    layer = make_quantised(Case("", left_out=0.3), scheme, torch.float32, device)
+    expected = moe_ops.fused_experts(**layer)
+    for name in ("a1_scale", "a2_scale"):
+        strided = {name: torch.stack([layer[name], layer[name] * nan], 1)[:, 0]}
+        assert torch.equal(moe_ops.fused_experts(**layer | strided), expected)
+    one = {"a1_scale": layer["a1_scale"][:1].expand(5)}
+    whole = {"a1_scale": one["a1_scale"].contiguous()}
+    assert torch.equal(moe_ops.fused_experts(**layer | one), moe_ops.fused_experts(**layer | whole))
 
 
 def test_channel_scales_may_have_a_dimension_more(device):
@@ -499,8 +570,8 @@ def test_without_kernels_the_cpu_takes_the_reference(monkeypatch):
 
 def test_schemas_and_fakes(device):
     test_utils = ("test_schema", "test_faketensor")
-    for how in ("tensor", "static", "per_token", "group"):
-        options = {"scale": None, "per_token": False, "group": None} | HOW[how](device)
+    for how in ("tensor", "static", "per_token", "group", "group, powers of two"):
+        options = {"scale": None, "per_token": False, "group": None, "power_of_two_scales": False} | HOW[how](device)
         args = (torch.randn(3, 80, device=device), "int8_w8a8", *options.values())
         torch.library.opcheck(torch.ops.moe_ops.quantize.default, args, test_utils=test_utils)
     plan = moe_ops.routing_plan(torch.randint(0, 4, (20, 2)).to(device), 4, 16)
@@ -561,6 +632,9 @@ ONE = torch.ones(1)
         ("fp8 blocks", {"block_shape": (32, 40)}, ValueError, r"block_shape is \[32, 40\], .* bk a multiple of 32"),
         ("fp8 blocks", {"a2_scale": ONE}, ValueError, "a scale for each 32 columns of a row: leave out a1_scale"),
         ("fp8 blocks", {"per_token": True}, ValueError, "leave out a1_scale, a2_scale and per_token"),
+        ("fp8 tensor", {"power_of_two_scales": True}, ValueError, "this is fp8_w8a8 without block_shape: leave it out"),
+        ("int8 blocks", {"power_of_two_scales": True}, ValueError, "those of fp8_w8a8 with block_shape, this is int8"),
+        (None, {"power_of_two_scales": True}, ValueError, "power_of_two_scales without quant: give quant"),
         ("int8 weights, channel", {"a1_scale": ONE}, ValueError, "int8_w8a16 leaves activations as they are"),
         ("int8 tensor", {"hidden": torch.randn(13, 72).double()}, TypeError, "hidden float64, w13 int8"),
         (None, {"w2_scale": ONE, "per_token": True}, ValueError, "w2_scale, per_token without quant: give quant"),
@@ -613,6 +687,9 @@ def test_bad_input_of_grouped_gemm_is_named(scheme, change, error, message, devi
         ({"quant": "int8_w8a16"}, ValueError, "quant is 'int8_w8a16', expected fp8_w8a8 or int8_w8a8"),
         ({"group": 32, "per_token": True}, ValueError, "give at most one of scale, per_token and group"),
         ({"group": 0}, ValueError, "group is 0"),
+        ({"power_of_two_scales": True}, ValueError, "power_of_two_scales are scales of groups: give group, or leave"),
+        ({"per_token": True, "power_of_two_scales": True}, ValueError, "power_of_two_scales are scales of groups"),
+        ({"scale": torch.ones(1), "power_of_two_scales": True}, ValueError, "power_of_two_scales are scales of groups"),
         ({"scale": torch.ones(2)}, ValueError, r"scale has shape \[2\], expected one element, or \[rows, 1\]"),
         ({"x": torch.zeros(3, 4).int()}, TypeError, "x is torch.int32"),
     ],
