@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: they build .venv on first use.
-PYTHON := .venv/bin/python
+VENV_PYTHON := .venv/bin/python
 
 .PHONY: demo test lint format test-gpu bench setup clean
 
@@ -9,24 +9,24 @@ demo:  ## a real vLLM, three adapters, unpatched against patched
 test: lint  ## everything that needs no GPU
 	@scripts/setup_cpu.sh --hosts
 	@echo "kernels, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -q -n auto tests/kernels
+	@TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q -n auto tests/kernels
 	@echo "everything else:"
-	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(PYTHON) -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder \
+	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(VENV_PYTHON) -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder \
 		tests --ignore=tests/gpu --ignore=tests/kernels
 
 lint: setup
-	@$(PYTHON) -m ruff check --quiet .
-	@$(PYTHON) -m ruff format --check --quiet . || ($(PYTHON) -m ruff format --check .; exit 1)
+	@$(VENV_PYTHON) -m ruff check --quiet .
+	@$(VENV_PYTHON) -m ruff format --check --quiet . || ($(VENV_PYTHON) -m ruff format --check .; exit 1)
 
 format: setup
-	@$(PYTHON) -m ruff check --quiet --fix .
-	@$(PYTHON) -m ruff format --quiet .
+	@$(VENV_PYTHON) -m ruff check --quiet --fix .
+	@$(VENV_PYTHON) -m ruff format --quiet .
 
 test-gpu:  ## in an environment with a CUDA GPU, see CONTRIBUTING.md
 	@python=$$(scripts/gpu_python.sh torch triton) && $$python -m pytest -q -rs tests/kernels tests/gpu
 
 bench:  ## checks without timing where there is no GPU; options in ARGS="--quick"
-	@python=$$(scripts/gpu_python.sh torch triton 2>/dev/null) || { scripts/setup_cpu.sh && python=$(PYTHON); } && \
+	@python=$$(scripts/gpu_python.sh torch triton 2>/dev/null) || { scripts/setup_cpu.sh && python=$(VENV_PYTHON); } && \
 	$$python benchmarks/ops_speed.py $(ARGS)
 
 setup:
