@@ -141,10 +141,13 @@ def user_folder() -> Path | None:
     value = os.environ.get(CONFIG_DIR)
     if value is None:
         return None
-    if not Path(value).is_dir():
+    try:
+        os.scandir(value).close()
+    except OSError as error:
         raise ValueError(
-            f"{CONFIG_DIR}={value!r} is no folder: set it to the one that a tuner's --out wrote, or unset it"
-        )
+            f"{CONFIG_DIR}={value!r} is no folder that can be read ({error.strerror}): set it to the one that a "
+            "tuner's --out wrote, or unset it"
+        ) from error
     return Path(value).resolve()
 
 
@@ -256,7 +259,7 @@ def _warn_of_mismatch(package: str, metadata: Mapping[str, str], gpu: str, path:
 
     here = {
         "gpu": files.gpu_folder(gpu),
-        "triton": triton.__version__,
+        "triton": triton.__version__.partition("+")[0],
         "torch": torch.__version__.partition("+")[0],
         "kernels": kernels_hash(package),
     }

@@ -61,7 +61,8 @@ def gpus() -> list[dict[str, str]]:
         return []
     if done.returncode:
         return []
-    return [dict(zip(fields, line.split(", "), strict=True)) for line in done.stdout.splitlines()]
+    rows = [line.split(", ") for line in done.stdout.splitlines()]  # warnings may stand among them
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
 
 
 def environment() -> list[dict[str, str | None]]:
@@ -75,7 +76,8 @@ def environment() -> list[dict[str, str | None]]:
             known = ", ".join(variable for variable in VARIABLES if variable.startswith(PREFIXES))
             problem = f"{name} is not known: there are {known}"
             found[name] = {"name": name, "value": os.environ[name], "meaning": "", "problem": problem}
-    checks = {patches.env: patches.requested for patches in PATCHES} | {store.CONFIG_DIR: store.user_folder}
+    checks = {patches.env: patches.requested for patches in PATCHES}
+    checks |= {store.CONFIG_DIR: store.user_folder, debug.VARIABLE: debug.enabled}
     for variable, check in checks.items():
         try:
             check()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import moe_ops
+from ops_configs import store
 from ops_patches import counters, state
 
 logger = logging.getLogger("moe_ops")
@@ -56,6 +57,7 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
 
     Raises:
         LeftToHost: dtypes, shapes or a device that `moe_ops.fused_experts` does not take.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder.
     """
     kinds = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
     form = hidden.device, *kinds.values(), topk_ids.shape[1], *map(_form, (w13, w2, *layer.values()))
@@ -75,6 +77,7 @@ def _warmed_up(w13, w2, top_k, **layer) -> str:
         logger.warning(
             "moe_ops: a layer was first seen while a CUDA graph is captured: its kernels compile as they come"
         )
+    store.user_folder()  # raises for one that is none: that is an error, not a layer which ours do not take
     try:
         moe_ops.warmup_layer(w13, w2, top_k, **layer)
     except (ValueError, TypeError) as error:

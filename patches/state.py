@@ -22,9 +22,10 @@ INTERVAL_S = 1.0
 
 _providers: dict[str, Callable[[], dict]] = {}
 _lock = threading.Lock()
+_writing = threading.Lock()
 _last = float("-inf")
 _pending: threading.Timer | None = None
-_broken = False
+_warned = False
 
 
 def directory() -> Path:
@@ -41,25 +42,29 @@ def register(name: str, provider: Callable[[], dict]) -> None:
 
 
 def publish(force: bool = False) -> None:
-    """Write this process's status file, at most once a second unless `force`.
+    """Write this process's status file: now with `force`, else in a thread of its own, at most once a second.
 
-    A call that comes too early is made up for when the second is over, so the file never lags more than that. Does
-    nothing before something is registered. A folder that cannot be written is one warning, never an error.
+    Whoever serves never waits for a disk, and the file never lags more than a second. Does nothing before something is
+    registered. A folder that cannot be written is one warning, never an error, and is tried again the next time.
     """
+    global _pending
+    if not _providers:
+        return
+    if force:
+        _write_now()
+    elif _pending is None:
+        with _lock:
+            if _pending is None:
+                _pending = threading.Timer(max(0.0, _last + INTERVAL_S - time.monotonic()), _write_now)
+                _pending.daemon = True
+                _pending.start()
+
+
+def _write_now() -> None:
     global _last, _pending
-    if not _providers or _broken:
-        return
-    wait = _last + INTERVAL_S - time.monotonic()
-    if wait > 0 and not force:
-        if _pending is None:
-            with _lock:
-                if _pending is None:
-                    _pending = threading.Timer(wait, publish, kwargs={"force": True})
-                    _pending.daemon = True
-                    _pending.start()
-        return
     with _lock:
         _last, _pending = time.monotonic(), None
+    with _writing:
         _write()
 
 
@@ -91,21 +96,22 @@ def _file(pid: int) -> Path:
 
 
 def _write() -> None:
-    global _broken
+    global _warned
     pid = os.getpid()
     status = {"pid": pid, "started": _started(pid), "written": time.time()}
     status |= {name: provider() for name, provider in _providers.items()}
-    path = _file(pid)
-    part = path.with_suffix(".part")
     try:
+        path = _file(pid)
+        part = path.with_suffix(".part")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid != os.getuid():
             raise PermissionError(f"{path.parent} belongs to another user")
         part.write_text(json.dumps(status))
         part.replace(path)
     except OSError as exc:
-        _broken = True
-        logger.warning("lora_ops: no status file for pid %d: %s; set %s to a folder of yours", pid, exc, STATUS_DIR)
+        if not _warned:
+            logger.warning("lora_ops: no status file for pid %d: %s; set %s to a folder of yours", pid, exc, STATUS_DIR)
+        _warned = True
 
 
 def _started(pid: int) -> int | None:
@@ -131,8 +137,8 @@ def _alive(status: dict) -> bool:
 
 
 def _after_fork() -> None:
-    global _lock, _last, _pending
-    _lock, _last, _pending = threading.Lock(), float("-inf"), None
+    global _lock, _writing, _last, _pending
+    _lock, _writing, _last, _pending = threading.Lock(), threading.Lock(), float("-inf"), None
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 import random
 import timeit
 from dataclasses import asdict
 
 import pytest
 import torch
+import triton
 from rich.console import Console
 
 from lora_ops import doctor
@@ -227,8 +229,16 @@ def test_a_file_of_this_software_warns_of_nothing(monkeypatch, tmp_path, warning
     monkeypatch.setattr(store, "_kernels", {"lora_ops": tmp_path})
     write(tmp_path, kernels=store.kernels_hash("lora_ops"), torch=torch.__version__.partition("+")[0] + "+cu129")
     use(monkeypatch, tmp_path)
+    monkeypatch.setattr(triton, "__version__", triton.__version__ + "+gitc817b9b6")
     assert shrink() == SHRINK
     assert not warnings.records
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(monkeypatch, tmp_path):
+    use(monkeypatch, tmp_path)
+    monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(ValueError, match=rf"{store.CONFIG_DIR}=.* is no folder that can be read \(Permission denied\)"):
+        shrink()
 
 
 def test_a_bad_folder_is_an_error_before_any_launch(monkeypatch, tmp_path):

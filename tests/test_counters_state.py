@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -26,7 +27,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "_providers", {})
     monkeypatch.setattr(state, "_last", float("-inf"))
     monkeypatch.setattr(state, "_pending", None)
-    monkeypatch.setattr(state, "_broken", False)
+    monkeypatch.setattr(state, "_warned", False)
     job = {"value": 0}
     state.register("job", lambda: dict(job))
     yield job
@@ -82,7 +83,7 @@ def test_nothing_is_published_before_something_is_registered(tmp_path, monkeypat
 
 def test_publish_and_read_back(files):
     files["value"] = 7
-    state.publish()
+    state.publish(force=True)
     (found,) = state.processes()
     assert found["pid"] == os.getpid()
     assert found["job"] == {"value": 7}
@@ -91,27 +92,51 @@ def test_publish_and_read_back(files):
     assert [path.name for path in state.directory().iterdir()] == [own_file().name]
 
 
+def until(value: int) -> float:
+    """Seconds until the file says so, or 10."""
+    start = time.monotonic()
+    while time.monotonic() < start + 10 and [status["job"]["value"] for status in state.processes()] != [value]:
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
 def test_publishing_is_throttled_and_catches_up(files, monkeypatch):
-    monkeypatch.setattr(state, "INTERVAL_S", 0.3)
+    monkeypatch.setattr(state, "INTERVAL_S", 0.5)
     state.publish()
+    assert until(0) < 0.4, "nothing was written yet: it need not wait"
     for files["value"] in range(1, 50):
         state.publish()
     assert state.processes()[0]["job"] == {"value": 0}
-    deadline = time.monotonic() + 10
-    while state.processes()[0]["job"] != {"value": 49} and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert state.processes()[0]["job"] == {"value": 49}
+    assert until(49) < 10
+
+
+def test_who_publishes_does_not_wait_for_the_disk(files, monkeypatch):
+    monkeypatch.setattr(state, "INTERVAL_S", 0.0)
+    write = state._write
+
+    def slowly() -> None:
+        time.sleep(0.3)
+        write()
+
+    monkeypatch.setattr(state, "_write", slowly)
+    for files["value"] in range(1, 10):
+        start = time.monotonic()
+        state.publish()
+        assert time.monotonic() - start < 0.1
+        time.sleep(0.05)
+    assert until(9) < 10
+    state.publish(force=True)  # the threads have ended, then
 
 
 def test_force_publishes_at_once(files):
-    state.publish()
+    state.publish(force=True)
     files["value"] = 1
     state.publish(force=True)
     assert state.processes()[0]["job"] == {"value": 1}
 
 
 def test_files_of_dead_processes_are_skipped_and_cleaned(files):
-    state.publish()
+    state.publish(force=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     stale = state.directory() / f"{dead.pid}.json"
@@ -121,14 +146,14 @@ def test_files_of_dead_processes_are_skipped_and_cleaned(files):
 
 
 def test_a_reused_pid_is_not_taken_for_the_process_that_wrote_the_file(files):
-    state.publish()
+    state.publish(force=True)
     status = json.loads(own_file().read_text())
     own_file().write_text(json.dumps(status | {"started": status["started"] - 1}))
     assert state.processes() == []
 
 
 def test_a_killed_process_that_nobody_waited_for_is_dead(files):
-    state.publish()
+    state.publish(force=True)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     status = {"pid": sleeper.pid, "started": state._started(sleeper.pid), "written": 0.0}
     (state.directory() / f"{sleeper.pid}.json").write_text(json.dumps(status))
@@ -141,7 +166,7 @@ def test_a_killed_process_that_nobody_waited_for_is_dead(files):
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"name": "package"}'])
 def test_a_broken_or_foreign_file_is_skipped(files, content):
-    state.publish()
+    state.publish(force=True)
     other = state.directory() / "12.json"
     other.write_bytes(content)
     assert [status["pid"] for status in state.processes()] == [os.getpid()]
@@ -158,7 +183,7 @@ def test_a_dead_process_of_another_user_is_skipped(files, monkeypatch):
 def test_another_process_sees_the_file_until_this_one_ends(files):
     code = (
         "from ops_patches import state\n"
-        "state.register('job', lambda: {'value': 3}); state.publish()\n"
+        "state.register('job', lambda: {'value': 3}); state.publish(force=True)\n"
         "print('ready', flush=True); input()"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -170,10 +195,10 @@ def test_another_process_sees_the_file_until_this_one_ends(files):
 
 
 def test_a_forked_child_publishes_its_own_file(files):
-    state.publish()
+    state.publish(force=True)
     pid = os.fork()
     if pid == 0:
-        state.publish()
+        state.publish(force=True)
         os._exit(0 if own_file().exists() else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert own_file().exists()
@@ -187,6 +212,17 @@ def test_a_folder_that_cannot_be_written_is_one_warning(files, tmp_path, monkeyp
     state.remove()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert state.STATUS_DIR in caplog.text
+    (tmp_path / "file").unlink()  # as when a full disk has room again
+    files["value"] = 5
+    state.publish(force=True)
+    assert state.processes()[0]["job"] == {"value": 5}
+
+
+def test_no_temporary_folder_is_a_warning(files, monkeypatch, caplog):
+    monkeypatch.delenv(state.STATUS_DIR)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError("no usable folder")))
+    state.publish(force=True)
+    assert "no usable folder" in caplog.text
 
 
 def test_a_folder_of_another_user_is_refused(files, monkeypatch, caplog):

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from lora_ops import doctor
-from ops_patches import engine, state, vllm_lora
+from ops_patches import debug, engine, state, vllm_lora
 
 TARGET, SELDOM = "vllm.platforms:current_platform.get", "vllm.config:Config.compute_hash"
 
@@ -92,7 +92,8 @@ def test_it_works_without_a_host_and_without_a_gpu(clean, examine, monkeypatch):
 @pytest.mark.parametrize(("status", "gpus"), [(0, 2), (9, 0)])
 def test_gpus_are_read_from_nvidia_smi(monkeypatch, tmp_path, status, gpus):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 9.0, 570.1'\necho 'B, 2 MiB, 9.0, 5'\nexit {status}\n")
+    lines = ("NVIDIA H200, 143771 MiB, 9.0, 570.1", "B, 2 MiB, 9.0, 5", "WARNING: infoROM is corrupted at gpu 0000:3A")
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {status}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert len(doctor.gpus()) == gpus
@@ -103,11 +104,14 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch, tmp_path, status, gpus):
 
 def test_a_bad_value_and_a_misspelt_variable_are_problems(examine, monkeypatch):
     monkeypatch.setenv("LORA_OPS_VLLM", "yes")
+    monkeypatch.setenv("LORA_OPS_DEBUG", "true")
+    debug.enabled.cache_clear()
     monkeypatch.setenv("LORA_OPS_VLM", "1")
     code, report, shown = examine()
     assert code == 1
-    bad, misspelt = report["problems"]
+    bad, worse, misspelt = report["problems"]
     assert "LORA_OPS_VLLM='yes'" in bad
+    assert "LORA_OPS_DEBUG='true'" in worse
     assert "LORA_OPS_VLM is not known" in misspelt
     assert "LORA_OPS_VLLM" in misspelt
     assert bad in shown

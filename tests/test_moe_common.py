@@ -8,6 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from moe_ops import launches
+from ops_configs import store
 from ops_patches import counters, moe_common, sglang_moe, vllm_moe
 from ops_patches.moe_common import LeftToHost
 
@@ -143,6 +144,16 @@ def test_a_layer_is_warmed_up_once(monkeypatch):
     run(7, gated=False)
     run(7, torch.float16, gated=False)
     assert len(warmed) == 3
+
+
+def test_a_bad_folder_of_launch_parameters_is_no_fallback(monkeypatch, tmp_path):
+    monkeypatch.setattr(moe_common, "_seen", {})
+    monkeypatch.setenv(store.CONFIG_DIR, str(tmp_path / "nowhere"))
+    call = {"hidden": torch.zeros(1, K), "w13": torch.zeros(E, 2 * I, K), "w2": torch.zeros(E, K, I)}
+    call |= {"topk_weights": torch.ones(1, 2), "topk_ids": torch.zeros(1, 2, dtype=torch.int32)}
+    routed = moe_common.or_host(lambda **call: pytest.fail("the host's"), lambda **call: call)
+    with pytest.raises(ValueError, match=store.CONFIG_DIR):
+        routed(**call)
 
 
 def test_forms_that_ours_refuse_stay_with_the_host(monkeypatch):
