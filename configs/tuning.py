@@ -9,13 +9,18 @@ import argparse
 import contextlib
 import csv
 import datetime
+import fcntl
+import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import queue
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,10 +31,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import store
-from .files import MAX_SHARED_BYTES, replacing
+from .files import MAX_SHARED_BYTES, gpu_folder, replacing
 
 SOFTWARE = ("gpu", "triton", "torch", "kernels")
 """Metadata by which results of one run fit those of another."""
+MAX_COMPILE_PROCESSES = 16
+"""By default: each has a CUDA context on the GPU."""
+END_S = 10.0
+"""Seconds that the GPUs' processes get to end by themselves."""
+
+
+def compile_processes() -> int:
+    """How many processes compile by default: the CPUs that this process may use but two, within 1 and 16."""
+    return min(max(len(os.sched_getaffinity(0)) - 2, 1), MAX_COMPILE_PROCESSES)
+
+
+def same_software(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Whether entries of one run fit those of another, by metadata; GPUs that share a folder count as one."""
+    names = [name for name in SOFTWARE if name != "gpu"]
+    same_gpu = gpu_folder(old.get("gpu", "")) == gpu_folder(new["gpu"])
+    return same_gpu and all(old.get(name) == new[name] for name in names)
 
 
 def gpu_indices(text: str, count: int) -> list[int]:
@@ -53,7 +74,7 @@ def main(
     dry_run: Callable[[argparse.Namespace, Console], None],
     tune: Callable[[argparse.Namespace, list[int], Console], int],
 ) -> int:
-    """What a tuner does with its arguments; returns the exit code.
+    """What a tuner does with its arguments; returns the exit code. SIGTERM ends it as Ctrl-C does.
 
     dry_run: prints what would be measured; tune: measures on these GPUs, returns the exit code.
     """
@@ -68,7 +89,20 @@ def main(
     except ValueError as error:
         console.print(f"[red]{error}")
         return 2
-    return tune(args, gpus, console)
+    with _sigterm_raises():
+        return tune(args, gpus, console)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def close(console: Console, folder: Path, paths: list[Path], started: float, done: int, cases: int) -> int:
@@ -153,6 +187,30 @@ def metadata(gpu: str, package: str) -> dict[str, str]:
     }
 
 
+def sources_hash(package: str) -> str:
+    """Hash of a package's Python sources and of this one's: what decides what is measured, and how."""
+    digest = hashlib.sha256()
+    package_folder = Path(importlib.import_module(package).__file__).parent
+    for folder, pattern in ((package_folder, "**/*.py"), (Path(__file__).parent, "*.py")):
+        for source in sorted(folder.glob(pattern)):
+            digest.update(str(source.relative_to(folder)).encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other tuner reads and replaces files of a folder; without effect where its file system has no locks.
+
+    It waits for itself if it is entered twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context((folder / ".lock").open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Journal:
     """Records of a run, in a file that a later run goes on from; records of other software or settings are ignored."""
 
@@ -206,12 +264,13 @@ def write_table(path: Path, columns: Sequence[str], key: Sequence[str], rows: It
         return {tuple(row[place] for place in places): row for row in rows}
 
     found = by_key(rows)
-    with contextlib.suppress(OSError), path.open(newline="") as file:
-        header, *old = [*csv.reader(file)] or [[]]
-        if header == list(columns):
-            found = by_key(row for row in old if len(row) == len(columns)) | found
-    with replacing(path) as part, part.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *found.values()])
+    with locked(path.parent):
+        with contextlib.suppress(OSError), path.open(newline="") as file:
+            header, *old = [*csv.reader(file)] or [[]]
+            if header == list(columns):
+                found = by_key(row for row in old if len(row) == len(columns)) | found
+        with replacing(path) as part, part.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *found.values()])
 
 
 def most_shared(device: int) -> int:
@@ -219,6 +278,37 @@ def most_shared(device: int) -> int:
     import torch
 
     return min(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, MAX_SHARED_BYTES)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, killed or not."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def compile_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile; what they have not begun is given up at the end, and all if this process is killed."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable, *args: Any) -> Future:
+    """pool.submit; a future that failed with BrokenProcessPool if a process of the pool has died."""
+    try:
+        return pool.submit(function, *args)
+    except BrokenProcessPool as error:
+        failed: Future = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _wait(futures: list[Future]) -> None:
@@ -230,12 +320,13 @@ def _wait(futures: list[Future]) -> None:
 
 
 def work(steps: Steps, device: int, units: list, settings: Any, results, stop) -> None:
-    """Body of a GPU's process.
+    """Body of a GPU's process, which ends when the tuner's main process does.
 
     Args:
         results: queue that gets ("record", dict) for each case, ("error", text) at most once, and ("done", device).
         stop: event after which no further case is begun.
     """
+    _end_with_parent()
     try:
         _work(steps, device, units, settings, results, stop)
     except BaseException:
@@ -248,33 +339,41 @@ def _work(steps: Steps, device: int, units: list, settings: Any, results, stop) 
 
     torch.cuda.set_device(device)
     shared = most_shared(device)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.compile_processes, mp_context=context) as pool:
+    with compile_pool(settings.compile_processes) as pool:
         submitted: dict[tuple, Future] = {}
         futures = []
         for unit in units:
             jobs = list(steps.jobs(unit, settings, shared))
             for job in jobs:
                 if job not in submitted:
-                    submitted[job] = pool.submit(steps.compile, settings, device, *job)
+                    submitted[job] = submit(pool, steps.compile, settings, device, *job)
             futures.append([submitted[job] for job in jobs])
-        try:
-            for unit, compiled in zip(units, futures, strict=True):
-                if time.monotonic() > settings.deadline:
-                    break
-                _wait(compiled)
-                for record in steps.measure(unit, settings, torch.device("cuda", device), shared):
-                    results.put(("record", record))
-                    if stop.is_set():
-                        return
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for unit, compiled in zip(units, futures, strict=True):
+            if time.monotonic() > settings.deadline:
+                break
+            _wait(compiled)
+            for record in steps.measure(unit, settings, torch.device("cuda", device), shared):
+                results.put(("record", record))
+                if stop.is_set():
+                    return
+
+
+def _end(processes: list, stop) -> None:
+    """End the GPUs' processes: each after the case that it is at, or by force after END_S seconds."""
+    stop.set()
+    deadline = time.monotonic() + END_S
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join()
 
 
 def run_units(
     steps: Steps, units: list, gpus: list[int], settings: Any, journal: Journal, console: Console, title: str
 ) -> None:
-    """Measure units, one process a GPU; each record goes to the journal as it comes.
+    """Measure units, one process a GPU; each record goes to the journal as it comes. None is left when it raises.
 
     Raises:
         RuntimeError: a process failed; what was measured until then is in the journal.
@@ -282,35 +381,36 @@ def run_units(
     context = multiprocessing.get_context("spawn")
     results, stop = context.Queue(), context.Event()
     shares = [units[i :: len(gpus)] for i in range(len(gpus))]
-    started = [
+    processes = [
         context.Process(target=work, args=(steps, gpu, share, settings, results, stop))
         for gpu, share in zip(gpus, shares, strict=True)
         if share
     ]
     errors: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(title, total=sum(unit.cases for unit in units))
-        for process in started:
-            process.start()
-        running = len(started)
-        while running:
-            try:
-                kind, payload = results.get(timeout=5)
-            except queue.Empty:
-                if all(process.exitcode is not None for process in started):
-                    errors.append("a GPU's process was killed: is its memory used by others?")
-                    break
-                continue
-            if kind == "record":
-                journal.add(payload)
-                progress.advance(task)
-            elif kind == "error":
-                errors.append(payload)
-                stop.set()
-            else:
-                running -= 1
-    for process in started:
-        process.join()
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            task = progress.add_task(title, total=sum(unit.cases for unit in units))
+            for process in processes:
+                process.start()
+            running = len(processes)
+            while running:
+                try:
+                    kind, payload = results.get(timeout=5)
+                except queue.Empty:
+                    if all(process.exitcode is not None for process in processes):
+                        errors.append("a GPU's process was killed: is its memory used by others?")
+                        break
+                    continue
+                if kind == "record":
+                    journal.add(payload)
+                    progress.advance(task)
+                elif kind == "error":
+                    errors.append(payload)
+                    stop.set()
+                else:
+                    running -= 1
+    finally:
+        _end([process for process in processes if process.pid], stop)
     if errors:
         raise RuntimeError(errors[0])

@@ -70,7 +70,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("lora_ops_configs"), help="folder of the files")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="MINUTES")
-    parser.add_argument("--compile-processes", type=int, default=max((os.cpu_count() or 4) - 2, 1))
+    parser.add_argument(
+        "--compile-processes",
+        type=int,
+        default=tuning.compile_processes(),
+        help=f"default: the CPUs but two, {tuning.MAX_COMPILE_PROCESSES} at most",
+    )
     parser.add_argument(
         "--write-vllm", type=Path, metavar="FOLDER", help="tune vLLM's own kernels too, for vLLM to read"
     )
@@ -118,10 +123,9 @@ def chosen_layers(args: argparse.Namespace) -> dict[Layer, str]:
     return {layer: ", ".join(found) for layer, found in names.items()}
 
 
-def tune_command(layers: Iterable[Layer], args: argparse.Namespace) -> str:
-    """The command that measures these layers again."""
-    ranks, shapes = map(str, args.ranks), map(str, layers)
-    words = ["python", "-m", "lora_ops.tune", "--shape", *shapes, "--ranks", *ranks]
+def tune_command(shapes: Iterable[str], ranks: Iterable[int], args: argparse.Namespace) -> str:
+    """The command that measures these layers at these ranks again."""
+    words = ["python", "-m", "lora_ops.tune", "--shape", *shapes, "--ranks", *map(str, ranks)]
     return shlex.join([*words, "--max-loras", str(args.max_loras), "--dtype", args.dtype])
 
 
@@ -195,16 +199,17 @@ def all_cases(args: argparse.Namespace) -> list[decide.Case]:
 
 def write_files(folder: Path, found: dict[str, dict], meta: dict[str, str], args: argparse.Namespace) -> list[Path]:
     """Write entries; entries of other ranks or rows that stand in a file from the same software stay."""
-    paths = []
-    for name, new in found.items():
-        path = folder / name
-        kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
-        old = files.read(path, kind, store.BUCKETS) if path.exists() else None
-        same = old and all(old.metadata.get(key) == meta[key] for key in SOFTWARE)
-        command = tune_command(sorted({parse_shape(entry["layer"]) for entry in new.values()}), args)
-        files.write(path, meta | {"command": command}, {**(old.raw if same else {}), **new})
-        paths.append(path)
-    return paths
+    with tuning.locked(folder):
+        for name, new in found.items():
+            path = folder / name
+            kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
+            old = files.read(path, kind, store.BUCKETS) if path.exists() else None
+            same = old and tuning.same_software(old.metadata, meta)
+            entries = {**(old.raw if same else {}), **new}
+            shapes = sorted({entry["layer"] for entry in entries.values() if "layer" in entry})
+            command = tune_command(shapes, sorted({rank for rank, _ in entries}), args)
+            files.write(path, meta | {"command": command}, entries)
+    return [folder / name for name in found]
 
 
 def report(
@@ -255,7 +260,7 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
         console.print(f"[red]{escape(str(error))}")
         return 1
     meta = metadata(name, "lora_ops")
-    same = {key: meta[key] for key in SOFTWARE}
+    same = {key: meta[key] for key in SOFTWARE} | {"sources": tuning.sources_hash("lora_ops")}
     journal = Journal(folder / "tune.jsonl", {**same, "max_loras": args.max_loras, "dtype": args.dtype}, args.resume)
 
     def settings(share: float) -> Settings:
@@ -284,8 +289,7 @@ def tune_all(args: argparse.Namespace, gpus: list[int], console: Console) -> int
     if args.write_vllm:
         hosts = import_module("ops_patches.vllm_lora_configs")
         try:
-            hosts.kernels()
-            tuning.writable(args.write_vllm)
+            hosts.check(args.write_vllm)
         except (ImportError, ValueError) as error:
             console.print(f"[red]--write-vllm: {escape(str(error))}")
             return 2

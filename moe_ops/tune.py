@@ -71,7 +71,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("moe_ops_configs"), help="folder of the files")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="MINUTES")
-    parser.add_argument("--compile-processes", type=int, default=max((os.cpu_count() or 4) - 2, 1))
+    parser.add_argument(
+        "--compile-processes",
+        type=int,
+        default=tuning.compile_processes(),
+        help=f"default: the CPUs but two, {tuning.MAX_COMPILE_PROCESSES} at most",
+    )
     parser.add_argument("--write-vllm", type=Path, metavar="FOLDER", help="tune vLLM's own kernel too, for it to read")
     parser.add_argument("--write-sglang", type=Path, metavar="FOLDER", help="tune SGLang's own kernel too")
     parser.add_argument("--only-hosts", action="store_true", help="with --write-*: leave our kernels out")
@@ -223,14 +228,15 @@ def write_files(
         else:
             entry = moe.entry(unit.default(shared), record["default_us"], record["default_us"])
         found.setdefault(path, {})[record["layer"], record["tokens"]] = entry
-    for path, new in found.items():
-        old = moe.read(path) if path.exists() else None
-        same = old and all(old.metadata.get(key) == meta[key] for key in SOFTWARE)
-        entries = {**(old.raw if same else {}), **new}
-        layer = of_file[path].layer
-        names = sorted({name for name, _ in entries})
-        command = tune_command(layer.hidden, of_file[path].dtype, layer.block_shape, names, routing)
-        files.write(path, meta | {"command": command}, entries)
+    with tuning.locked(folder):
+        for path, new in found.items():
+            old = moe.read(path) if path.exists() else None
+            same = old and tuning.same_software(old.metadata, meta)
+            entries = {**(old.raw if same else {}), **new}
+            layer = of_file[path].layer
+            names = sorted({name for name, _ in entries})
+            command = tune_command(layer.hidden, of_file[path].dtype, layer.block_shape, names, routing)
+            files.write(path, meta | {"command": command}, entries)
     return list(found)
 
 
@@ -277,7 +283,7 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
         console.print(f"[red]{escape(str(error))}")
         return 1
     meta = metadata(name, "moe_ops")
-    same = {key: meta[key] for key in SOFTWARE}
+    same = {key: meta[key] for key in SOFTWARE} | {"sources": tuning.sources_hash("moe_ops")}
     journal = Journal(folder / "tune_moe.jsonl", {**same, "routing": args.routing}, args.resume)
     units = {case_of_unit(unit): unit for unit in all_units(args)}
 

@@ -16,18 +16,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import multiprocessing
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ops_configs.files import replacing
-from ops_configs.tuning import writable
+from ops_configs.tuning import compile_pool, locked, submit, writable
 
 MARGIN = 0.03
 """An entry is the host's own config unless another one is faster by this fraction, measured again."""
@@ -73,9 +72,10 @@ def sglang_folder(folder: Path, triton_version: str) -> Path:
 
 def write_file(path: Path, entries: Mapping[int, Config]) -> None:
     """Write a file of either host; entries of other numbers of tokens that it has stay."""
-    entries = {**(read_file(path) if path.exists() else {}), **entries}
-    with replacing(path) as part:
-        part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
+    with locked(path.parent):
+        entries = {**(read_file(path) if path.exists() else {}), **entries}
+        with replacing(path) as part:
+            part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
 
 
 def read_file(path: Path) -> dict[int, Config]:
@@ -325,8 +325,8 @@ def _compile(name: str, target, tokens: int, pair: Pair, device: int) -> None:
     """In a process of the pool: run a pair on a small batch, whose kernels are those of `tokens` tokens."""
     import torch
 
-    torch.cuda.set_device(device)
     with suppress(Exception):  # fails again, with its error, where it is measured
+        torch.cuda.set_device(device)
         batch = _small(target, min(tokens, 16), device)
         with _host(name).using(pair):
             _host(name).run(batch, 0)
@@ -394,7 +394,10 @@ def tune_case(host, timer: Timer, target, tokens: int, itemsize: int, default: P
 
 
 def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, console) -> None:
-    """Sweep a host's fused MoE kernel on one GPU, and write its files; name: one of HOSTS, see `check`."""
+    """Sweep a host's fused MoE kernel on one GPU, and write its files; name: one of HOSTS, see `check`.
+
+    A number of tokens that fails ends it; what was measured before stands in the files.
+    """
     import torch
     from rich.progress import Progress
 
@@ -403,8 +406,7 @@ def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, co
     host = _host(name)
     torch.cuda.set_device(device)
     gpu = torch.cuda.get_device_name(device)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, Progress(console=console) as progress:
+    with compile_pool(processes) as pool, Progress(console=console) as progress:
         task = progress.add_task(f"{name}'s kernel", total=len(sizes.targets) * len(sizes.tokens))
         for target in sizes.targets:
             bench = None  # frees the weights before the next ones are made
@@ -412,19 +414,21 @@ def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, co
             itemsize = target.layer.itemsize(bench.dtype)
             found: dict[int, Pair] = {}
             saved = [0.0, 0.0]
-            for tokens in sizes.tokens:
+            try:
+                for tokens in sizes.tokens:
 
-                def compile_all(pairs: list[Pair], target=target, tokens=tokens) -> None:
-                    wait([pool.submit(_compile, name, target, tokens, pair, device) for pair in pairs])
+                    def compile_all(pairs: list[Pair], target=target, tokens=tokens) -> None:
+                        wait([submit(pool, _compile, name, target, tokens, pair, device) for pair in pairs])
 
-                default = host.default(target, tokens)
-                timer = Timer(host, bench.batch(tokens, sizes.routing), compile_all, default)
-                found[tokens], us, default_us = tune_case(host, timer, target, tokens, itemsize, default)
-                saved = [saved[0] + us, saved[1] + default_us]
-                progress.advance(task)
-            for path in write_entries(host, folder, target, gpu, found):
-                ratio = saved[1] / saved[0]
-                console.print(f"{path}: {ratio:.2f} times as fast as {name}'s own in sum", highlight=False)
+                    default = host.default(target, tokens)
+                    timer = Timer(host, bench.batch(tokens, sizes.routing), compile_all, default)
+                    found[tokens], us, default_us = tune_case(host, timer, target, tokens, itemsize, default)
+                    saved = [saved[0] + us, saved[1] + default_us]
+                    progress.advance(task)
+            finally:
+                for path in write_entries(host, folder, target, gpu, found) if found else []:
+                    ratio = saved[1] / saved[0]
+                    console.print(f"{path}: {ratio:.2f} times as fast as {name}'s own in sum", highlight=False)
     host.prepare(folder)
     console.print(f"for {name} as it is: {host.variable}={folder}", highlight=False)
 

@@ -12,10 +12,8 @@ import functools
 import importlib
 import itertools
 import json
-import multiprocessing
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ops_configs.files import replacing
+from ops_configs.tuning import compile_pool, locked, submit, writable
 
 TRITON_OPS = "vllm.lora.ops.triton_ops"
 MAX_SLICES = 6
@@ -78,15 +77,19 @@ def file_name(gpu: str, op: str) -> str:
     return f"{name}_SHRINK.json" if op == "shrink" else f"{name}_EXPAND_TRUE.json"
 
 
-def nested(entries: dict[Key, Config], max_loras: int, default: Callable[[int, int], Config]) -> dict:
+def nested(
+    entries: dict[Key, Config], max_loras: int, default: Callable[[int, int], Config], content: dict | None = None
+) -> dict:
     """Entries as vLLM's files nest them.
 
     Args:
         entries: at least one.
         max_loras: of the server.
         default: (slices, tokens) -> vLLM's own config, for the numbers of slices that have no entry.
+        content: of a file, to which the entries are added.
     """
-    by_slices: dict[str, dict] = {}
+    content = {} if content is None else content
+    by_slices = content.setdefault(str(max_loras + 1), {})
     for (slices, tokens, k, n), config in sorted(entries.items()):
         by_slices.setdefault(str(slices), {}).setdefault(str(tokens), {}).setdefault(str(k), {})[str(n)] = config
     _, _, some_k, some_n = next(iter(entries))
@@ -94,15 +97,50 @@ def nested(entries: dict[Key, Config], max_loras: int, default: Callable[[int, i
         if str(slices) not in by_slices:
             tokens_found = sorted({key[1] for key in entries})
             by_slices[str(slices)] = {str(t): {str(some_k): {str(some_n): default(slices, t)}} for t in tokens_found}
-    return {str(max_loras + 1): by_slices}
+    return content
 
 
-def write_file(folder: Path, gpu: str, op: str, content: dict) -> Path:
-    """Write one file where vLLM looks for it."""
+def read_file(path: Path) -> dict:
+    """Content of a file, nothing where there is none.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    level = [content]
+    for name in ("max_loras + 1", "slices", "tokens", "k", "n"):
+        if not all(isinstance(value, dict) for value in level):
+            raise ValueError(f"{path}: expected objects by {name}")
+        level = [inner for value in level for inner in value.values()]
+    return content
+
+
+def write_file(
+    folder: Path, gpu: str, op: str, entries: dict[Key, Config], max_loras: int, default: Callable[[int, int], Config]
+) -> Path:
+    """Write entries where vLLM looks for them, see `nested`; others that stand in the file stay."""
     path = folder / file_name(gpu, op)
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    with locked(folder):
+        content = nested(entries, max_loras, default, read_file(path))
+        with replacing(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def check(folder: Path) -> None:
+    """Look for what would end `write` before anything is measured.
+
+    Raises:
+        ImportError: vLLM is not here, or has no such modules.
+        ValueError: the folder cannot be written, or vLLM could not read what stands there.
+    """
+    kernels()
+    writable(folder)
+    for path in [*folder.glob("*_SHRINK.json"), *folder.glob("*_EXPAND_TRUE.json")]:
+        read_file(path)
 
 
 @functools.cache
@@ -187,20 +225,24 @@ def _candidates(op: str, layer, rank: int, tokens: int, max_loras: int) -> list[
 
 
 def _compile(layer, rank: int, tokens: int, max_loras: int, dtype: str, device: int) -> None:
-    """In a process of the pool: compile all candidates of both kernels on a small batch that specialises alike."""
+    """In a process of the pool: compile all candidates of both kernels on a small batch that specialises alike.
+
+    What fails fails again, with its error, where it is measured.
+    """
     import torch
 
     from lora_ops.tuning.measure import Bench
 
-    torch.cuda.set_device(device)
-    small = min(tokens, 16)
-    bench = Bench(layer, rank, 1, getattr(torch, dtype), torch.device("cuda", device), 0, cold_bytes=0)
-    calls = Calls(bench.batch(small))
-    for op in ("shrink", "expand"):
-        for config in _candidates(op, layer, rank, tokens, max_loras):
-            with suppress(Exception):  # fails again, with its error, where it is measured
-                calls.run(op, config, 0)
-    torch.cuda.synchronize()
+    with suppress(Exception):
+        torch.cuda.set_device(device)
+        cuda = torch.device("cuda", device)
+        bench = Bench(layer, rank, 1, getattr(torch, dtype), cuda, 0, cold_bytes=0, clock=False)
+        calls = Calls(bench.batch(min(tokens, 16)))
+        for op in ("shrink", "expand"):
+            for config in _candidates(op, layer, rank, tokens, max_loras):
+                with suppress(Exception):
+                    calls.run(op, config, 0)
+        torch.cuda.synchronize()
 
 
 def best_of(clock, calls: Calls, op: str, candidates: list[Config]) -> tuple[Config, float, float]:
@@ -250,37 +292,33 @@ def write(folder: Path, sizes: Sizes, device: int, processes: int, console) -> N
     jobs = [(layer, rank, tokens) for rank in sizes.ranks for layer in layers for tokens in sizes.tokens]
     found: dict[str, dict[Key, Config]] = {"shrink": {}, "expand": {}}
     saved: dict[str, list[float]] = {"shrink": [0.0, 0.0], "expand": [0.0, 0.0]}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool, Progress(console=console) as progress:
+    with compile_pool(processes) as pool, Progress(console=console) as progress:
         common = (sizes.max_loras, sizes.dtype, device)
-        compiled = [pool.submit(_compile, *job, *common) for job in jobs]
+        compiled = [submit(pool, _compile, *job, *common) for job in jobs]
         task = progress.add_task("vLLM's kernels", total=len(jobs))
-        try:
-            bench = None
-            for (layer, rank, tokens), future in zip(jobs, compiled, strict=True):
-                with suppress(BrokenProcessPool):
-                    future.result()
-                if bench is None or (bench.layer, bench.rank) != (layer, rank):
-                    bench = None  # frees the weights before the next ones are made
-                    bench = Bench(layer, rank, sizes.max_loras, getattr(torch, sizes.dtype), cuda, seed=0)
-                calls = Calls(bench.batch(tokens))
-                for op, entries in found.items():
-                    key = _key(op, layer, rank, tokens)
-                    if key not in entries:
-                        candidates = _candidates(op, layer, rank, tokens, sizes.max_loras)
-                        entries[key], us, default_us = best_of(bench.clock, calls, op, candidates)
-                        saved[op][0] += us
-                        saved[op][1] += default_us
-                progress.advance(task)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        bench = None
+        for (layer, rank, tokens), future in zip(jobs, compiled, strict=True):
+            with suppress(BrokenProcessPool):
+                future.result()
+            if bench is None or (bench.layer, bench.rank) != (layer, rank):
+                bench = None  # frees the weights before the next ones are made
+                bench = Bench(layer, rank, sizes.max_loras, getattr(torch, sizes.dtype), cuda, seed=0)
+            calls = Calls(bench.batch(tokens))
+            for op, entries in found.items():
+                key = _key(op, layer, rank, tokens)
+                if key not in entries:
+                    candidates = _candidates(op, layer, rank, tokens, sizes.max_loras)
+                    entries[key], us, default_us = best_of(bench.clock, calls, op, candidates)
+                    saved[op][0] += us
+                    saved[op][1] += default_us
+            progress.advance(task)
     for op, entries in found.items():
         rank = sizes.ranks[0]
 
         def default(slices: int, tokens: int, op: str = op, rank: int = rank) -> Config:
             return default_config(op, sizes.max_loras, tokens, layers[0].k, rank, slices)
 
-        path = write_file(folder, torch.cuda.get_device_name(device), op, nested(entries, sizes.max_loras, default))
+        path = write_file(folder, torch.cuda.get_device_name(device), op, entries, sizes.max_loras, default)
         us, default_us = saved[op]
         console.print(f"{path}: {len(entries)} entries, {default_us / us:.2f} times as fast as vLLM's defaults in sum")
     console.print(f"for vLLM servers with max_loras {sizes.max_loras}: VLLM_TUNED_CONFIG_FOLDER={folder}")

@@ -10,6 +10,8 @@ import re
 import runpy
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -639,6 +641,52 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     assert len(other.measured) == 12
 
 
+def test_a_run_of_other_sources_measures_again(monkeypatch, tmp_path):
+    line = [*SIZES.split(), "--batch-size", "1", "--out", str(tmp_path)]
+    FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    monkeypatch.setattr(tuning, "sources_hash", lambda package: f"other {package}")
+    again = FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    assert len(again.measured) == 2
+
+
+@pytest.mark.parametrize(("other", "stays"), [("NVIDIA H200 NVL", True), ("NVIDIA H100", False)])
+def test_entries_of_gpus_that_share_a_folder_stay(monkeypatch, tmp_path, other, stays):
+    held = []
+
+    @contextmanager
+    def locked(folder):
+        held.append(folder)
+        yield
+
+    monkeypatch.setattr(tuning, "locked", locked)
+    for gpu, tokens in ((GPU, 1), (other, 64)):
+        unit = worker.Unit(Target(QWEN), tokens)
+        measured = worker.identity("verify", unit) | record() | {"config": asdict(FakeGpu.tuned(unit))}
+        units, meta = {tune.case_of(measured): unit}, tuning.metadata(gpu, "moe_ops")
+        (path,) = tune.write_files(tmp_path, [measured], units, meta, "uniform", files.MAX_SHARED_BYTES)
+    assert {tokens for _, tokens in moe.read(path).entries} == ({1, 64} if stays else {64})
+    assert held == [tmp_path, tmp_path]
+
+
+def test_a_gpu_that_cannot_be_had_fails_where_it_is_measured(monkeypatch):
+    """Not in a process of the pool, where a job does as much as it can."""
+    what, config = Target(QWEN), moe.layer_default(QWEN, 64).gate_up
+
+    def refuse(device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    worker.compile_job(None, 0, what, "gate_up", config)
+    hosts._compile("vllm", what, 1, None, 0)
+
+
+def test_compile_processes_are_few_by_default(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(224)))
+    assert tune.arguments(SIZES.split()).compile_processes == 16
+
+
 def test_a_line_cut_short_costs_that_record_alone(tmp_path):
     path = tmp_path / "journal.jsonl"
     tune.Journal(path, {}, True).add({"n": 1})
@@ -771,6 +819,57 @@ def test_a_file_of_a_host_is_whole_or_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         hosts.write_file(path, entries)
     assert hosts.read_file(path) == entries
+
+
+class BrokenPool:
+    """A pool one of whose processes has died."""
+
+    def submit(self, *args):
+        raise BrokenProcessPool("a process died")
+
+
+@contextmanager
+def broken_pool(processes):
+    yield BrokenPool()
+
+
+def test_what_was_measured_before_a_failure_is_written(monkeypatch, tmp_path):
+    """And a death in the pool is no failure."""
+    entries = host_configs()
+
+    def tune_case(host, compile_all, what, tokens, itemsize, default):
+        compile_all([default])
+        if tokens == 1024:
+            raise RuntimeError("out of memory")
+        return hosts.pair_of(entries[tokens]), 1.0, 2.0
+
+    fake = SimpleNamespace(
+        default=lambda what, tokens: hosts.pair_of(entries[tokens]),
+        paths=lambda folder, what, gpu: [folder / "E=128.json"],
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    bench = SimpleNamespace(dtype=BF16, batch=lambda tokens, routing: None)
+    monkeypatch.setattr(measure, "Bench", lambda *args: bench)
+    monkeypatch.setattr(hosts, "_host", lambda name: fake)
+    monkeypatch.setattr(hosts, "compile_pool", broken_pool)
+    monkeypatch.setattr(hosts, "Timer", lambda host, batch, compile_all, default: compile_all)
+    monkeypatch.setattr(hosts, "tune_case", tune_case)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hosts.write("vllm", tmp_path, hosts.Sizes([Target(QWEN)], [1, 64, 1024]), 0, 1, tune.Console())
+    assert hosts.read_file(tmp_path / "E=128.json") == {tokens: entries[tokens] for tokens in (1, 64)}
+
+
+def test_a_file_of_a_host_is_read_and_replaced_under_a_lock(monkeypatch, tmp_path):
+    held = []
+
+    @contextmanager
+    def locked(folder):
+        held.append(folder)
+        yield
+
+    monkeypatch.setattr(hosts, "locked", locked)
+    hosts.write_file(tmp_path / "a.json", host_configs())
+    assert held == [tmp_path]
 
 
 def test_what_the_hosts_have_no_file_for():

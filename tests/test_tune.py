@@ -4,15 +4,22 @@ import csv
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -490,10 +497,9 @@ def test_vllm_reads_what_is_written_for_it(tmp_path, tree):
     for op in ("shrink", "expand"):
         entries = vllm_entries(op)
         default = {"block_m": 16, "marker": op}
-        content = vllm_lora_configs.nested(
-            entries, max_loras, lambda slices, tokens, d=default: {**d, "slices": slices}
+        vllm_lora_configs.write_file(
+            tmp_path / "out", gpu, op, entries, max_loras, lambda slices, tokens, d=default: {**d, "slices": slices}
         )
-        vllm_lora_configs.write_file(tmp_path / "out", gpu, op, content)
         asked = {**entries, (5, 64, 4096, 64): {**default, "slices": 5}}  # slices that no layer has
         for (slices, tokens, k, n), config in asked.items():
             hidden, rank = (k, n) if op == "shrink" else (n, k)
@@ -528,3 +534,294 @@ def test_an_error_in_a_gpus_process_is_raised_with_its_text(monkeypatch, tmp_pat
     units = tune.units_of([Case(Layer(64, (64,)), 16, 1)])
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*set_device"):
         tune.run_units(units, [0], settings, journal, tune.Console(), "sweep")
+
+
+FAKE_WORK = """
+import time
+
+def work(steps, device, units, settings, results, stop):
+    for n in range(len(units)):
+        results.put(("record", {"n": n}))
+        time.sleep(settings)
+        if stop.is_set():
+            break
+    results.put(("done", device))
+"""
+
+
+class FullDisk(tuning.Journal):
+    """Takes so many records, then raises."""
+
+    def __init__(self, path, room, error):
+        super().__init__(path, {}, True)
+        self.room, self.error = room, error
+
+    def add(self, record):
+        if len(self.records) == self.room:
+            raise self.error
+        super().add(record)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), KeyboardInterrupt(), SystemExit(143)], ids=type)
+@pytest.mark.parametrize(("room", "seconds", "end_s"), [(1, 0.2, 30.0), (0, 60.0, 0.5)], ids=["at once", "by force"])
+def test_a_run_that_raises_leaves_no_process_behind(monkeypatch, tmp_path, error, room, seconds, end_s):
+    """A process ends after the case that it is at, or by force if that takes too long."""
+    (tmp_path / "fake_work.py").write_text(FAKE_WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fake_work", raising=False)
+    monkeypatch.setattr(tuning, "work", import_module("fake_work").work)
+    monkeypatch.setattr(tuning, "END_S", end_s)
+    started, before = time.monotonic(), multiprocessing.active_children()
+    journal, units = FullDisk(tmp_path / "tune.jsonl", room, error), [SimpleNamespace(cases=1)] * 100
+    with pytest.raises(type(error)):
+        tuning.run_units(None, units, [0], seconds, journal, tune.Console(), "x")
+    assert multiprocessing.active_children() == before
+    assert time.monotonic() - started < 10
+    assert len(journal.records) == room
+
+
+def test_sigterm_ends_a_tuner_as_an_interrupt_does():
+    cleaned, before = [], signal.getsignal(signal.SIGTERM)
+
+    def tune_until_killed(args, gpus, console):
+        assert signal.getsignal(signal.SIGTERM) != before
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(gpus)
+
+    with pytest.raises(SystemExit) as stopped:
+        tuning.main(SimpleNamespace(dry_run=False, gpu="0"), None, tune_until_killed)
+    assert stopped.value.code == 143
+    assert cleaned == [[0]]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+KILLED = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from ops_configs import tuning
+
+def measure(*args):
+    with tuning.compile_pool(1) as pool:
+        found = pool.submit(os.getpid).result()
+        part = Path(sys.argv[1] + ".part")
+        part.write_text(f"{os.getpid()} {found}")
+        part.replace(sys.argv[1])
+        time.sleep(60)
+
+tuning._work = measure
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    results, stop = context.Queue(), context.Event()
+    context.Process(target=tuning.work, args=(None, 0, [], None, results, stop)).start()
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_no_process_outlives_a_tuner_that_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    line = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "pids")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(line, env=environment, timeout=30).returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 10
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in pids if runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(1, 1), (2, 1), (8, 6), (224, 16)])
+def test_compile_processes_are_few_by_default(monkeypatch, cpus, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    assert tuning.compile_processes() == expected
+    assert tune.arguments(["--shape", "64:64"]).compile_processes == expected
+
+
+def test_a_bench_that_times_nothing_has_no_clock(monkeypatch):
+    monkeypatch.setattr(measure, "Clock", lambda device: pytest.fail("256 MiB for nothing"))
+    cpu = torch.device("cpu")
+    assert measure.Bench(Layer(64, (64,)), 8, 1, torch.float16, cpu, 0, cold_bytes=0, clock=False).clock is None
+
+
+class BrokenPool:
+    """A pool one of whose processes has died."""
+
+    def submit(self, *args):
+        raise BrokenProcessPool("a process died")
+
+
+@contextmanager
+def broken_pool(processes):
+    yield BrokenPool()
+
+
+def test_after_a_death_in_the_pool_a_gpus_process_compiles_for_itself(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(tuning, "compile_pool", broken_pool)
+    steps = tuning.Steps(
+        lambda unit, settings, shared: [(unit,)], print, lambda unit, settings, device, shared: iter([{"unit": unit}])
+    )
+    settings = SimpleNamespace(compile_processes=1, deadline=float("inf"))
+    found, stop = [], SimpleNamespace(is_set=lambda: False)
+    tuning._work(steps, 0, [1, 2], settings, SimpleNamespace(put=found.append), stop)
+    assert found == [("record", {"unit": 1}), ("record", {"unit": 2})]
+
+
+def test_a_pool_whose_process_died_gives_failed_futures():
+    with tuning.compile_pool(1) as pool:
+        assert isinstance(tuning.submit(pool, os.abort).exception(), BrokenProcessPool)
+        assert isinstance(tuning.submit(pool, os.getpid).exception(), BrokenProcessPool)
+
+
+def test_vllms_kernels_are_tuned_after_a_death_in_the_pool(monkeypatch, tmp_path):
+    def default(op, *args):
+        return {"default": op}
+
+    def bench(layer, rank, *args, **keywords):
+        return SimpleNamespace(layer=layer, rank=rank, clock=None, batch=lambda tokens: None)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(measure, "Bench", bench)
+    replaced = {"kernels": lambda: None, "compile_pool": broken_pool, "Calls": lambda batch: None}
+    replaced |= {"_candidates": lambda *args: [], "default_config": default}
+    for name, value in (replaced | {"best_of": lambda *args: ({"best": 1}, 1.0, 2.0)}).items():
+        monkeypatch.setattr(vllm_lora_configs, name, value)
+    sizes = vllm_lora_configs.Sizes([(64, (64,))], [16], [1, 64], 4, "bfloat16")
+    vllm_lora_configs.write(tmp_path, sizes, 0, 1, tune.Console())
+    (shrink,) = tmp_path.glob("*_SHRINK.json")
+    assert vllm_lora_configs.read_file(shrink)["5"]["1"]["64"] == {"64": {"16": {"best": 1}}}
+
+
+def test_vllms_files_keep_what_other_runs_wrote(tmp_path):
+    first, second, other = {"block_m": 16}, {"block_m": 32}, {"block_m": 64}
+
+    def write(entries, max_loras=64):
+        path = vllm_lora_configs.write_file(tmp_path, "NVIDIA H200", "shrink", entries, max_loras, lambda *args: {})
+        return vllm_lora_configs.read_file(path)
+
+    write({(3, 64, 4096, 16): first, (2, 64, 4096, 16): first})
+    write({(3, 64, 8192, 16): second, (3, 64, 4096, 64): second, (1, 1, 64, 16): second})
+    content = write({(3, 64, 4096, 16): other}, max_loras=32)
+    assert content["65"]["3"]["64"] == {"4096": {"16": first, "64": second}, "8192": {"16": second}}
+    assert content["65"]["2"]["64"]["4096"]["16"] == first
+    assert content["65"]["1"]["1"]["64"]["16"] == second
+    assert content["33"]["3"]["64"]["4096"]["16"] == other
+    content = write({(3, 64, 4096, 16): other})
+    assert content["65"]["3"]["64"]["4096"]["16"] == other
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"65": {"3": 1}}', '{"65": {"3": {"64": {"4096": []}}}}'])
+def test_a_file_that_vllm_could_not_read_is_said_before_anything_is_measured(monkeypatch, tmp_path, capsys, text):
+    fake = FakeGpu(monkeypatch)
+    monkeypatch.setattr(vllm_lora_configs, "kernels", lambda: None)
+    (tmp_path / "NVIDIA_H200_SHRINK.json").write_text(text)
+    assert tune.main(["--shape", "64:64", "--out", str(tmp_path), "--write-vllm", str(tmp_path)]) == 2
+    assert "NVIDIA_H200_SHRINK.json: " in " ".join(capsys.readouterr().out.split())
+    assert fake.measured == []
+
+
+def test_a_run_of_other_sources_measures_again(monkeypatch, tmp_path):
+    line = ["--shape", "64:64", "--ranks", "8", "--tokens", "1", "--out", str(tmp_path)]
+    FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    monkeypatch.setattr(tuning, "sources_hash", lambda package: f"other {package}")
+    again = FakeGpu(monkeypatch)
+    assert tune.main(line) == 0
+    assert len(again.measured) == 2
+
+
+@pytest.mark.parametrize("changed", ["package/__init__.py", "package/kernels/a.py", "configs/lora.py"])
+def test_the_hash_is_of_all_sources(monkeypatch, tmp_path, changed):
+    for name in ("package/__init__.py", "package/kernels/a.py", "configs/lora.py", "configs/tuning.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "configs/tuning.py"))
+    package = SimpleNamespace(__file__=str(tmp_path / "package/__init__.py"))
+    monkeypatch.setitem(sys.modules, "package_of_this_test", package)
+    before = tuning.sources_hash("package_of_this_test")
+    assert tuning.sources_hash("package_of_this_test") == before
+    (tmp_path / changed).write_text("x = 1")
+    assert tuning.sources_hash("package_of_this_test") != before
+
+
+def write_entry(folder, gpu, rank, layer):
+    """Write one entry of a shrink's file; the file as it is then."""
+    name, entry = files.shrink_file(4096, 3), {"config": asdict(SHRINKS[0]), "us": 1.0, "default_us": 2.0}
+    args = tune.arguments(["--shape", layer, "--ranks", str(rank)])
+    meta = tuning.metadata(gpu, "lora_ops")
+    (path,) = tune.write_files(folder, {name: {(rank, 64): entry | {"layer": layer}}}, meta, args)
+    return files.read(path, ShrinkConfig, store.BUCKETS)
+
+
+def test_the_command_in_a_file_asks_for_all_that_stands_there(tmp_path):
+    write_entry(tmp_path, "NVIDIA H200", 16, "4096:4096,1024,1024")
+    file = write_entry(tmp_path, "NVIDIA H200", 64, "4096:6144,512,512")
+    args = tune.arguments(file.metadata["command"].split()[3:])
+    assert args.ranks == [16, 64]
+    assert set(args.layers) == {Layer(4096, (4096, 1024, 1024)), Layer(4096, (6144, 512, 512))}
+
+
+@pytest.mark.parametrize(("other", "stays"), [("NVIDIA H200 NVL", True), ("NVIDIA H100", False)])
+def test_entries_of_gpus_that_share_a_folder_stay(tmp_path, other, stays):
+    write_entry(tmp_path, "NVIDIA H200", 16, "4096:64,64,64")
+    file = write_entry(tmp_path, other, 32, "4096:64,64,64")
+    assert set(file.entries) == ({(16, 64), (32, 64)} if stays else {(32, 64)})
+
+
+def test_one_at_a_time_holds_the_lock_of_a_folder(tmp_path):
+    entered = threading.Event()
+
+    def enter():
+        with tuning.locked(tmp_path):
+            entered.set()
+
+    with tuning.locked(tmp_path):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    thread.join(10)
+
+
+@pytest.mark.parametrize("kind", ["entry", "table", "vllm"])
+def test_every_file_is_read_and_replaced_under_a_lock(monkeypatch, tmp_path, kind):
+    inside = []
+
+    @contextmanager
+    def locked(folder):
+        inside.append(folder)
+        yield
+        inside.append("left")
+
+    monkeypatch.setattr(tuning, "locked", locked)
+    monkeypatch.setattr(vllm_lora_configs, "locked", locked)
+    if kind == "entry":
+        write_entry(tmp_path, "NVIDIA H200", 16, "4096:64,64,64")
+    elif kind == "table":
+        tuning.write_table(tmp_path / "tune.csv", ("a",), ("a",), [[1]])
+    else:
+        vllm_lora_configs.write_file(tmp_path, "GPU", "shrink", {(1, 1, 64, 16): {}}, 4, lambda *args: {})
+    assert inside == [tmp_path, "left"]
+
+
+def test_a_folder_without_locks_is_written_all_the_same(monkeypatch, tmp_path):
+    def refuse(*args):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(tuning.fcntl, "flock", refuse)
+    assert set(write_entry(tmp_path, "NVIDIA H200", 16, "4096:64,64,64").entries) == {(16, 64)}

@@ -63,6 +63,7 @@ class Bench:
         dtype, device: of weights, x and y.
         seed: of all data.
         cold_bytes: of weights that pass before any are read again.
+        clock: False where nothing is timed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Bench:
         device: torch.device,
         seed: int,
         cold_bytes: int = COLD_BYTES,
+        clock: bool = True,
     ) -> None:
         self.layer, self.rank, self.max_loras, self.dtype, self.device = layer, rank, max_loras, dtype, device
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -82,7 +84,7 @@ class Bench:
         self.slots = max(max_loras, min(max_loras + cold, MAX_CALLS * max_loras))
         self.a = [self._randn(self.slots, rank, layer.k, scale=layer.k**-0.5) for _ in layer.widths]
         self.b = [self._randn(self.slots, n, rank, scale=rank**-0.5) for n in layer.widths]
-        self.clock = Clock(device)
+        self.clock = Clock(device) if clock else None
 
     def _randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device, dtype=self.dtype).mul_(scale)

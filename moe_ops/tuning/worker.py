@@ -116,8 +116,8 @@ def compile_job(settings: Settings, device: int, target: Target, half: Half, con
 
     from ops_configs.moe import pinned
 
-    torch.cuda.set_device(device)
     with contextlib.suppress(Exception):
+        torch.cuda.set_device(device)
         batch = _small(target, device)
         itemsize = target.layer.itemsize(batch.bench.dtype)
         default = layer_default(target.layer, 1, itemsize, config.block_m, most_shared(device))
