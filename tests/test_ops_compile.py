@@ -101,29 +101,22 @@ def test_beside_follows_the_plan(backend, in_place):
             torch.testing.assert_close(compiled(x), torch.relu(y) + 1)
 
 
-def test_beside_with_a_plan_larger_than_the_batch():
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("tokens", [M + 2, SMALL_BATCH + 1])
+def test_beside_with_a_plan_larger_than_the_batch(tokens, in_place):
     """Rows of a batch that is smaller than its plan, as a layer that takes a part of the rows sees it."""
     _, a, b = layer()
     plan = lora_ops.LoraPlan(SMALL_BATCH + 100, L, "cpu")
-    plan.update([1] * (SMALL_BATCH + 1))
+    plan.update(torch.randint(0, L, (tokens,)).tolist())
     x, y = torch.randn(M, K), torch.randn(M, sum(WIDTHS))
     arguments = (x, a, b, *plan_args(plan), 1.0)
     delta = torch.full((SMALL_BATCH, sum(WIDTHS)), torch.nan)
-    torch.ops.lora_ops.lora_delta(delta, *arguments)
-    assert delta.isnan().all()
     expected = y.clone()
-    torch.ops.lora_ops.lora_join(delta, y, *arguments, False)
-    small = lora_ops.LoraPlan(M, L, "cpu")
-    small.update([1] * M)
-    lora_ops.reference.lora_linear(expected, x, a, b, small)
-    torch.testing.assert_close(y, expected)
-    plan.update([1] * (M + 2))
-    base = torch.randn_like(y)
-    expected = base.clone()
-    lora_ops.reference.lora_linear(expected, x, a, b, small)
-    torch.ops.lora_ops.lora_delta(delta, x, a, b, *plan_args(plan), 1.0)
-    torch.ops.lora_ops.lora_join(delta, base, *arguments, True)
-    torch.testing.assert_close(base, expected)
+    lora_ops.reference.lora_linear(expected, x, a, b, plan)
+    torch.ops.lora_ops.lora_delta(delta, *arguments)
+    assert delta[M:].isnan().all()
+    torch.ops.lora_ops.lora_join(delta, y, *arguments, in_place)
+    torch.testing.assert_close(y if in_place else y + delta[:M], expected)
 
 
 def test_beside_leaves_rows_that_nobody_wrote_out():
