@@ -29,6 +29,11 @@ TILE_ROWS = (16, 64)
 """Rows of a tile: of batches of up to SMALL_BATCH rows, and of larger ones."""
 
 
+def tile_rows_for(num_rows: int) -> int:
+    """Rows of a tile for a batch of `num_rows` rows."""
+    return TILE_ROWS[num_rows > SMALL_BATCH]
+
+
 @dataclass(frozen=True)
 class ShrinkConfig:
     """Launch parameters of the shrink.
@@ -125,17 +130,20 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
         _pinned = None
 
 
-def _fitted(config, rows: int, itemsize: int, shared: int):
-    """With fewer stages, then shorter steps, so that a GPU with `shared` bytes of shared memory runs it.
+def _fitted(config, num_rows: int, dtype, device):
+    """With fewer stages, then shorter steps, so that the device has the shared memory for it.
 
-    For fp32: the defaults are made for 2-byte elements, which fit everywhere. rows: of a tile.
+    For fp32: the defaults are made for 2-byte elements, which fit everywhere.
     """
+    if dtype.itemsize == 2:
+        return config
     step = "block_k" if isinstance(config, ShrinkConfig) else "block_r"
-    while itemsize > 2 and config.num_stages * (rows + config.block_n) * getattr(config, step) * itemsize > shared:
-        name, value = ("num_stages", config.num_stages - 1)
-        if config.num_stages <= 2:
-            name, value = step, getattr(config, step) // 2
-        config = replace(config, **{name: value})
+    rows, shared = tile_rows_for(num_rows), shared_bytes(device)
+    while config.num_stages * (rows + config.block_n) * getattr(config, step) * dtype.itemsize > shared:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, **{step: getattr(config, step) // 2})
     return config
 
 
@@ -159,8 +167,7 @@ def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -
         tuned = _pinned[1]
     else:
         tuned = _find(SHRINK, shrink_file(k, slices), rank, bucket, dtype, device)
-    rows = TILE_ROWS[bucket > SMALL_BATCH]
-    return tuned or _fitted(shrink_default(k, slices, rank, bucket), rows, dtype.itemsize, shared_bytes(device))
+    return tuned or _fitted(shrink_default(k, slices, rank, bucket), bucket, dtype, device)
 
 
 def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device) -> ExpandConfig:
@@ -178,10 +185,7 @@ def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, devic
         tuned = _pinned[2]
     else:
         tuned = _find(EXPAND, expand_file(widths), rank, bucket, dtype, device)
-    if tuned:
-        return _runnable(tuned, rank)
-    rows = TILE_ROWS[bucket > SMALL_BATCH]
-    return _runnable(_fitted(expand_default(widths, rank, bucket), rows, dtype.itemsize, shared_bytes(device)), rank)
+    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket), bucket, dtype, device), rank)
 
 
 def row_buckets() -> tuple[int, ...]:

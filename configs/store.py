@@ -119,17 +119,21 @@ def register_kernels(package: str, folder: Path) -> None:
     _kernels[package] = folder
 
 
-@functools.cache
-def _sources_hash(folder: Path) -> str:
+def sources_hash(*folders: Path) -> str:
+    """Hash of the Python sources in these folders and below."""
     digest = hashlib.sha256()
-    for source in sorted(folder.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for folder in folders:
+        for source in sorted(folder.rglob("*.py")):
+            digest.update(str(source.relative_to(folder)).encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_hash_once = functools.cache(sources_hash)
 
 
 def kernels_hash(package: str) -> str:
     """Hash of the sources of a package's kernels; empty before `register_kernels`."""
-    return _sources_hash(_kernels[package]) if package in _kernels else ""
+    return _hash_once(_kernels[package]) if package in _kernels else ""
 
 
 def user_folder() -> Path | None:

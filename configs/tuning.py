@@ -10,7 +10,6 @@ import contextlib
 import csv
 import datetime
 import fcntl
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -44,6 +43,12 @@ END_S = 10.0
 def compile_processes() -> int:
     """How many processes compile by default: the CPUs that this process may use but two, within 1 and 16."""
     return min(max(len(os.sched_getaffinity(0)) - 2, 1), MAX_COMPILE_PROCESSES)
+
+
+def add_compile_processes(parser: argparse.ArgumentParser) -> None:
+    """The option of both tuners."""
+    most = f"default: the CPUs but two, {MAX_COMPILE_PROCESSES} at most"
+    parser.add_argument("--compile-processes", type=int, default=compile_processes(), help=most)
 
 
 def same_software(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
@@ -189,12 +194,12 @@ def metadata(gpu: str, package: str) -> dict[str, str]:
 
 def sources_hash(package: str) -> str:
     """Hash of a package's Python sources and of this one's: what decides what is measured, and how."""
-    digest = hashlib.sha256()
-    package_folder = Path(importlib.import_module(package).__file__).parent
-    for folder, pattern in ((package_folder, "**/*.py"), (Path(__file__).parent, "*.py")):
-        for source in sorted(folder.glob(pattern)):
-            digest.update(str(source.relative_to(folder)).encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
+    return store.sources_hash(Path(importlib.import_module(package).__file__).parent, Path(__file__).parent)
+
+
+def journal_settings(meta: Mapping[str, str], package: str) -> dict[str, str]:
+    """What a package's records depend on, before the run's own settings: `metadata`, and the sources."""
+    return {key: meta[key] for key in SOFTWARE} | {"sources": sources_hash(package)}
 
 
 @contextlib.contextmanager

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ops_configs.lora import expand_config, shrink_config
+from ops_configs.lora import expand_config, shrink_config, tile_rows_for
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
 
 from .config import CHUNKS_BATCH, PLANES_BATCH, chunk_k, group_chunks
-from .plan import plan_layout, tile_count_bound, tile_rows_for
+from .plan import plan_layout, tile_count_bound
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
 

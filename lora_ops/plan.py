@@ -37,11 +37,6 @@ NO_ADAPTER = -1
 NO_TILE = -2
 
 
-def tile_rows_for(num_rows: int) -> int:
-    """Rows of a tile for a batch of `num_rows` rows."""
-    return TILE_ROWS[0] if num_rows <= SMALL_BATCH else TILE_ROWS[1]
-
-
 def tile_count_bound(num_tokens: int, max_slots: int, rows: int) -> int:
     """Most tiles of `rows` rows that num_tokens tokens over max_slots slots (and none) can need."""
     groups = min(num_tokens, max_slots + 1)

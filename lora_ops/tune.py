@@ -31,7 +31,7 @@ from rich.table import Table
 
 from ops_configs import files, store, tuning
 from ops_configs.lora import ExpandConfig, ShrinkConfig
-from ops_configs.tuning import SOFTWARE, metadata
+from ops_configs.tuning import metadata
 
 from .config import MAX_RANK
 from .tuning import decide
@@ -70,12 +70,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("lora_ops_configs"), help="folder of the files")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="MINUTES")
-    parser.add_argument(
-        "--compile-processes",
-        type=int,
-        default=tuning.compile_processes(),
-        help=f"default: the CPUs but two, {tuning.MAX_COMPILE_PROCESSES} at most",
-    )
+    tuning.add_compile_processes(parser)
     parser.add_argument(
         "--write-vllm", type=Path, metavar="FOLDER", help="tune vLLM's own kernels too, for vLLM to read"
     )
@@ -260,7 +255,7 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
         console.print(f"[red]{escape(str(error))}")
         return 1
     meta = metadata(name, "lora_ops")
-    same = {key: meta[key] for key in SOFTWARE} | {"sources": tuning.sources_hash("lora_ops")}
+    same = tuning.journal_settings(meta, "lora_ops")
     journal = Journal(folder / "tune.jsonl", {**same, "max_loras": args.max_loras, "dtype": args.dtype}, args.resume)
 
     def settings(share: float) -> Settings:

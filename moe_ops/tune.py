@@ -34,7 +34,7 @@ from rich.table import Table
 
 from ops_configs import files, moe, store, tuning
 from ops_configs.moe import TOKENS, parse_layer
-from ops_configs.tuning import SOFTWARE, Journal, metadata
+from ops_configs.tuning import Journal, metadata
 
 from .tuning import candidates
 from .tuning.layers import DTYPES, MODELS, Target, model_target, sharded, target
@@ -71,12 +71,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("moe_ops_configs"), help="folder of the files")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="MINUTES")
-    parser.add_argument(
-        "--compile-processes",
-        type=int,
-        default=tuning.compile_processes(),
-        help=f"default: the CPUs but two, {tuning.MAX_COMPILE_PROCESSES} at most",
-    )
+    tuning.add_compile_processes(parser)
     parser.add_argument("--write-vllm", type=Path, metavar="FOLDER", help="tune vLLM's own kernel too, for it to read")
     parser.add_argument("--write-sglang", type=Path, metavar="FOLDER", help="tune SGLang's own kernel too")
     parser.add_argument("--only-hosts", action="store_true", help="with --write-*: leave our kernels out")
@@ -283,7 +278,7 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
         console.print(f"[red]{escape(str(error))}")
         return 1
     meta = metadata(name, "moe_ops")
-    same = {key: meta[key] for key in SOFTWARE} | {"sources": tuning.sources_hash("moe_ops")}
+    same = tuning.journal_settings(meta, "moe_ops")
     journal = Journal(folder / "tune_moe.jsonl", {**same, "routing": args.routing}, args.resume)
     units = {case_of_unit(unit): unit for unit in all_units(args)}
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ops_configs.files import replacing
+
 logger = logging.getLogger("lora_ops")
 
 STATUS_DIR = "LORA_OPS_STATUS_DIR"
@@ -102,12 +104,11 @@ def _write() -> None:
     status |= {name: provider() for name, provider in _providers.items()}
     try:
         path = _file(pid)
-        part = path.with_suffix(".part")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.parent.stat().st_uid != os.getuid():
             raise PermissionError(f"{path.parent} belongs to another user")
-        part.write_text(json.dumps(status))
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(status))
     except OSError as exc:
         if not _warned:
             logger.warning("lora_ops: no status file for pid %d: %s; set %s to a folder of yours", pid, exc, STATUS_DIR)

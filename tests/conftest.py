@@ -1,6 +1,8 @@
 """Shared by all tests: a machine with one GPU, the checkpoint that real engines serve, vLLM versions at hand."""
 
 import importlib.metadata
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +58,34 @@ def pytest_collection_modifyitems(items) -> None:
 def properties(shared: int) -> SimpleNamespace:
     """What torch says of a GPU with so much shared memory."""
     return SimpleNamespace(shared_memory_per_block_optin=shared)
+
+
+class BrokenPool:
+    """A pool one of whose processes has died."""
+
+    def submit(self, *args):
+        raise BrokenProcessPool("a process died")
+
+
+@contextmanager
+def broken_pool(processes):
+    """In place of `tuning.compile_pool`."""
+    yield BrokenPool()
+
+
+def watch_locks(monkeypatch, *modules) -> list:
+    """Folders that these modules lock from now on, each followed by "left"."""
+    seen = []
+
+    @contextmanager
+    def locked(folder):
+        seen.append(folder)
+        yield
+        seen.append("left")
+
+    for module in modules:
+        monkeypatch.setattr(module, "locked", locked)
+    return seen
 
 
 @pytest.fixture

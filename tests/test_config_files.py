@@ -14,9 +14,9 @@ from rich.console import Console
 
 from lora_ops import doctor
 from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
-from lora_ops.plan import SMALL_BATCH, tile_rows_for
+from lora_ops.plan import SMALL_BATCH
 from ops_configs import files, lora, store
-from ops_configs.lora import ExpandConfig, ShrinkConfig
+from ops_configs.lora import ExpandConfig, ShrinkConfig, tile_rows_for
 from ops_patches import state
 
 from .conftest import GPU, properties

@@ -10,8 +10,6 @@ import re
 import runpy
 import subprocess
 import sys
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +24,7 @@ from ops_configs import files, moe, store, tuning
 from ops_configs.moe import TILE_ROWS, TOKENS, LayerConfig, MoeConfig, MoeLayer, layer_config
 from ops_patches import moe_host_configs as hosts
 
-from .conftest import GPU, properties
+from .conftest import GPU, broken_pool, properties, watch_locks
 
 pytestmark = pytest.mark.usefixtures("one_gpu")
 
@@ -653,21 +651,14 @@ def test_a_run_of_other_sources_measures_again(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("other", "stays"), [("NVIDIA H200 NVL", True), ("NVIDIA H100", False)])
 def test_entries_of_gpus_that_share_a_folder_stay(monkeypatch, tmp_path, other, stays):
-    held = []
-
-    @contextmanager
-    def locked(folder):
-        held.append(folder)
-        yield
-
-    monkeypatch.setattr(tuning, "locked", locked)
+    held = watch_locks(monkeypatch, tuning)
     for gpu, tokens in ((GPU, 1), (other, 64)):
         unit = worker.Unit(Target(QWEN), tokens)
         measured = worker.identity("verify", unit) | record() | {"config": asdict(FakeGpu.tuned(unit))}
         units, meta = {tune.case_of(measured): unit}, tuning.metadata(gpu, "moe_ops")
         (path,) = tune.write_files(tmp_path, [measured], units, meta, "uniform", files.MAX_SHARED_BYTES)
     assert {tokens for _, tokens in moe.read(path).entries} == ({1, 64} if stays else {64})
-    assert held == [tmp_path, tmp_path]
+    assert held == [tmp_path, "left", tmp_path, "left"]
 
 
 def test_a_gpu_that_cannot_be_had_fails_where_it_is_measured(monkeypatch):
@@ -821,18 +812,6 @@ def test_a_file_of_a_host_is_whole_or_as_it_was(tmp_path, monkeypatch):
     assert hosts.read_file(path) == entries
 
 
-class BrokenPool:
-    """A pool one of whose processes has died."""
-
-    def submit(self, *args):
-        raise BrokenProcessPool("a process died")
-
-
-@contextmanager
-def broken_pool(processes):
-    yield BrokenPool()
-
-
 def test_what_was_measured_before_a_failure_is_written(monkeypatch, tmp_path):
     """And a death in the pool is no failure."""
     entries = host_configs()
@@ -860,16 +839,9 @@ def test_what_was_measured_before_a_failure_is_written(monkeypatch, tmp_path):
 
 
 def test_a_file_of_a_host_is_read_and_replaced_under_a_lock(monkeypatch, tmp_path):
-    held = []
-
-    @contextmanager
-    def locked(folder):
-        held.append(folder)
-        yield
-
-    monkeypatch.setattr(hosts, "locked", locked)
+    held = watch_locks(monkeypatch, hosts)
     hosts.write_file(tmp_path / "a.json", host_configs())
-    assert held == [tmp_path]
+    assert held == [tmp_path, "left"]
 
 
 def test_what_the_hosts_have_no_file_for():

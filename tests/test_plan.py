@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_ops.plan import (
-    NO_ADAPTER,
-    NO_TILE,
-    SMALL_BATCH,
-    TILE_ROWS,
-    LoraPlan,
-    tile_count_bound,
-    tile_rows_for,
-)
+from lora_ops.plan import NO_ADAPTER, NO_TILE, SMALL_BATCH, TILE_ROWS, LoraPlan, tile_count_bound
+from ops_configs.lora import tile_rows_for
 
 CASES = {  # tokens, max_tokens, slots, draw
     "empty": (0, 8, 4, "uniform"),

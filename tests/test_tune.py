@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +31,8 @@ from lora_ops.tuning.layers import MODELS, Layer, model_layers, parse_shape
 from ops_configs import files, lora, store, tuning
 from ops_configs.lora import ExpandConfig, ShrinkConfig
 from ops_patches import vllm_lora_configs
+
+from .conftest import broken_pool, watch_locks
 
 pytestmark = pytest.mark.usefixtures("one_gpu")
 
@@ -658,18 +659,6 @@ def test_a_bench_that_times_nothing_has_no_clock(monkeypatch):
     assert measure.Bench(Layer(64, (64,)), 8, 1, torch.float16, cpu, 0, cold_bytes=0, clock=False).clock is None
 
 
-class BrokenPool:
-    """A pool one of whose processes has died."""
-
-    def submit(self, *args):
-        raise BrokenProcessPool("a process died")
-
-
-@contextmanager
-def broken_pool(processes):
-    yield BrokenPool()
-
-
 def test_after_a_death_in_the_pool_a_gpus_process_compiles_for_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(tuning, "compile_pool", broken_pool)
@@ -800,16 +789,7 @@ def test_one_at_a_time_holds_the_lock_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("kind", ["entry", "table", "vllm"])
 def test_every_file_is_read_and_replaced_under_a_lock(monkeypatch, tmp_path, kind):
-    inside = []
-
-    @contextmanager
-    def locked(folder):
-        inside.append(folder)
-        yield
-        inside.append("left")
-
-    monkeypatch.setattr(tuning, "locked", locked)
-    monkeypatch.setattr(vllm_lora_configs, "locked", locked)
+    inside = watch_locks(monkeypatch, tuning, vllm_lora_configs)
     if kind == "entry":
         write_entry(tmp_path, "NVIDIA H200", 16, "4096:64,64,64")
     elif kind == "table":

@@ -7,11 +7,10 @@ has is left out.
 from __future__ import annotations
 
 from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
-from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
+from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
 from ops_configs.store import padded
 
 from ..config import CHUNKS_BATCH, PLANES_BATCH
-from ..plan import tile_rows_for
 from .layers import Layer
 
 # (block_n, block_k, num_warps, num_stages)

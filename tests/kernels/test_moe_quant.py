@@ -87,7 +87,7 @@ def to_another_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize`, but what an error, relative to the element or to the usual one, takes to another step is there."""
     q, scale = quantize(x, quant, scale, per_token, group, power_of_two_scales)
-    in_steps = x / (scale if scale.ndim < 2 or group is None else scale.repeat_interleave(group, 1)[:, : x.shape[1]])
+    in_steps = x / reference._row_scale(scale, group, x.shape[1])
     off = error * in_steps.abs().clamp_min(float(in_steps.square().mean().sqrt()))
     one = torch.ones(1, device=x.device)
     below, above = (quantize(moved, quant, one)[0].float() for moved in (in_steps - off, in_steps + off))
