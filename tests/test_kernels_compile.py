@@ -308,6 +308,9 @@ def test_moe_layer(compiler, name):
         assert "cp.async.bulk.tensor" in kernel.ptx, f"{kernel} reads nothing through TMA"
         if kernel.constants["BLOCK_M"] >= 64:
             assert "wgmma" in kernel.ptx, f"{kernel} does not run on the tensor cores of compute capability 9.0"
+        if kernel.constants.get("JOINED"):
+            columns = {int(n) for n in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k", kernel.ptx)}
+            assert 2 * kernel.constants["BLOCK_N"] in columns, f"{kernel}: gates and ups are not one product"
 
 
 CHOICE_BY_CHOICE = ["qwen", "fp8 blocks", "fp8 blocks, more steps", "fp8 blocks, most experts"]

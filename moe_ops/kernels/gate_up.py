@@ -6,6 +6,9 @@ Shapes: x [M, K], or [C, K] in row order; gate and up each [E, N, K] (views of w
 [C, N]. All of one dtype, or x and w13 quantised, each with its scales (tiles.py). Both products accumulate in fp32
 (int8: int32) and the activation is applied to them before the one rounding, so that the [C, 2N] between them exists
 nowhere; out may be quantised too, with a scale for each group of columns. Arrays of the plan as in routing.py.
+
+Large tiles take the gates of their columns and the ups as one block of w13, and one product of twice the columns
+(JOINED): two products would fetch each block of x twice from shared memory, which then keeps the tensor cores waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops_configs.moe import MoeConfig
 
@@ -40,6 +44,9 @@ from .tiles import (
     tile_of,
     weight_source,
 )
+
+JOINED_ROWS = 64
+"""Rows of a tile from which gates and ups are one product."""
 
 
 @triton.jit
@@ -115,6 +122,7 @@ def gate_up_tile(
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
     OUT_TMA: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -138,42 +146,58 @@ def gate_up_tile(
 
     if not X_TMA:
         x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
-    gate_source = weight_source(gate, expert, columns, ks, expert_stride, row_stride, TMA)
-    gates = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    if GATED:
-        up_source = weight_source(up, expert, columns, ks, expert_stride, row_stride, TMA)
-        ups = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if w_scale is not None:
         scale = load_x_scale(x_scale, expert, x_rows, live, 0)
         gate_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, STEP, SCALE_N, ONE_SCALE)
         if GATED:
             up_factor = load_w_scale(w_scale, expert, column, columns, 0, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE)
-    for k0 in range(0, K, BLOCK_K):
-        if X_TMA:
-            a = x.load([first_row, k0])
+    if JOINED:
+        sums = tl.zeros((BLOCK_M, 2 * BLOCK_N), ACC)
+        for k0 in range(0, K, BLOCK_K):
+            if X_TMA:
+                a = x.load([first_row, k0])
+            else:
+                a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+            both = gate.load([expert, column, 0, k0] if INTERLEAVED else [expert, 0, column, k0])
+            sums = add_product(sums, a, both.reshape(2 * BLOCK_N, BLOCK_K))
+        if INTERLEAVED:
+            gates, ups = sums.reshape(BLOCK_M, BLOCK_N, 2).split()
         else:
-            a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
-        w = load_weight(gate_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
+            gates, ups = sums.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+    else:
+        gate_source = weight_source(gate, expert, columns, ks, expert_stride, row_stride, TMA)
+        gates = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if GATED:
-            w_up = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
-        if BLOCKED:  # scales of the next step come while this one multiplies, and both products run together
-            group = min(k0 + BLOCK_K, K - 1) // SCALE_K
-            next_scale = load_x_scale(x_scale, expert, x_rows, live, group)
-            next_gate = load_w_scale(w_scale, expert, column, columns, group, N, 0, STEP, SCALE_N, ONE_SCALE)
-            gate_product = product(a, w)
+            up_source = weight_source(up, expert, columns, ks, expert_stride, row_stride, TMA)
+            ups = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for k0 in range(0, K, BLOCK_K):
+            if X_TMA:
+                a = x.load([first_row, k0])
+            else:
+                a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+            w = load_weight(gate_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
             if GATED:
-                next_up = load_w_scale(w_scale, expert, column, columns, group, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE)
-                up_product = product(a, w_up)
-            gates += gate_product * (scale * gate_factor)
-            gate_factor = next_gate
-            if GATED:
-                ups += up_product * (scale * up_factor)
-                up_factor = next_up
-            scale = next_scale
-        else:
-            gates = add_product(gates, a, w)
-            if GATED:
-                ups = add_product(ups, a, w_up)
+                w_up = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
+            if BLOCKED:  # scales of the next step come while this one multiplies, and both products run together
+                group = min(k0 + BLOCK_K, K - 1) // SCALE_K
+                next_scale = load_x_scale(x_scale, expert, x_rows, live, group)
+                next_gate = load_w_scale(w_scale, expert, column, columns, group, N, 0, STEP, SCALE_N, ONE_SCALE)
+                gate_product = product(a, w)
+                if GATED:
+                    next_up = load_w_scale(
+                        w_scale, expert, column, columns, group, N, UP_FIRST, STEP, SCALE_N, ONE_SCALE
+                    )
+                    up_product = product(a, w_up)
+                gates += gate_product * (scale * gate_factor)
+                gate_factor = next_gate
+                if GATED:
+                    ups += up_product * (scale * up_factor)
+                    up_factor = next_up
+                scale = next_scale
+            else:
+                gates = add_product(gates, a, w)
+                if GATED:
+                    ups = add_product(ups, a, w_up)
 
     if w_scale is not None and not BLOCKED:
         gates = gates.to(tl.float32) * (scale * gate_factor)
@@ -209,8 +233,8 @@ def gate_up_tile(
 def gate_up_kernel(
     x,  # pointer to [M, K] (GATHER) or [C, K], rows x_stride apart; X_TMA: descriptor of [C, K]
     x_half,  # x; X_TMA: descriptor of half as many rows
-    gate,  # [E, N, K], descriptor or pointer
-    up,  # as gate; unused when not GATED
+    gate,  # [E, N, K], descriptor or pointer; JOINED: descriptor of `joined_operand`
+    up,  # as gate; unused when not GATED, or JOINED
     x_scale,  # of quantised x, see tiles.py; or None
     w_scale,  # of quantised w13, or None
     gate_bias_ptr,  # [E, N] or None
@@ -252,6 +276,7 @@ def gate_up_kernel(
     X_TMA: tl.constexpr,
     TMA: tl.constexpr,
     OUT_TMA: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -318,6 +343,7 @@ def gate_up_kernel(
                 X_TMA,
                 TMA,
                 OUT_TMA,
+                JOINED,
                 BLOCK_M // 2,
                 BLOCK_N,
                 BLOCK_K,
@@ -368,6 +394,7 @@ def gate_up_kernel(
         X_TMA,
         TMA,
         OUT_TMA,
+        JOINED,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -380,6 +407,12 @@ def split_gate_up(w13: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, t
         return w13[:, ::2], w13[:, 1::2]
     half = w13.shape[1] // 2
     return w13[:, :half], w13[:, half:]
+
+
+def joined_operand(w13: torch.Tensor, interleaved: bool, block_n: int, block_k: int) -> TensorDescriptor:
+    """Descriptor of w13 [E, 2N, K] whose blocks hold block_n gates and their ups."""
+    shape, block = ((-1, 2), [1, block_n, 2, block_k]) if interleaved else ((2, -1), [1, 2, block_n, block_k])
+    return TensorDescriptor.from_tensor(w13.unflatten(1, shape), block)
 
 
 def gate_up(
@@ -432,12 +465,13 @@ def gate_up(
     )
     num_tiles, block = plan.tile_experts.shape[0], (1, block_n, scales["BLOCK_K"])
     x_tma = tma and not gather and takes_tma(x)
+    joined = gated and tma and w13.dtype == x.dtype and block_shape is None and config.block_m >= JOINED_ROWS
     out_tma = config.tma_store and tma and out_scale is None and takes_tma(out)
     gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
         operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128),
-        operand(gate, block, tma),
-        operand(up, block, tma),
+        joined_operand(w13, interleaved, block_n, scales["BLOCK_K"]) if joined else operand(gate, block, tma),
+        None if joined else operand(up, block, tma),
         scales.pop("x_scale"),
         scales.pop("w_scale"),
         gate_bias_ptr,
@@ -473,6 +507,7 @@ def gate_up(
         X_TMA=x_tma,
         TMA=tma,
         OUT_TMA=out_tma,
+        JOINED=joined,
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
         GROUP_M=config.group_m,
