@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ class Handle:
             self.patch_set.unpatch()
 
 
+def comma_separated(value: str) -> list[str]:
+    """The names in a list such as VLLM_PLUGINS, as vLLM reads it: an empty value lists none."""
+    return value.split(",")
+
+
 @dataclass
 class PatchSet:
     """The patches of one host, applied and undone together.
@@ -116,6 +121,7 @@ class PatchSet:
     env: environment variable (0 or 1) that makes child processes patch themselves.
     entry_point: (group, name) under which the host loads our plugin in its processes.
     allowlist: the host's environment variable that lists the plugins it loads.
+    listed: the names in a value of it, as the host reads it; None: it then loads all.
     platform: returns which platform the host runs on.
     before: "module:Class" whose live instances mean that it is too late to patch.
     extras: more that `status` tells.
@@ -133,6 +139,7 @@ class PatchSet:
     before: tuple[str, ...] = ()
     extras: Callable[[], dict] = dict
     key: str = ""
+    listed: Callable[[str], Collection[str] | None] = comma_separated
 
     def __post_init__(self) -> None:
         self.key = self.key or self.name
@@ -299,7 +306,8 @@ class PatchSet:
         if not any(point.name == name for point in importlib.metadata.entry_points(group=group)):
             return [f"entry point {name} is not registered in {group}: install this library with pip"]
         allowed = os.environ.get(self.allowlist)
-        if allowed is not None and name not in allowed.split(","):
+        names = None if allowed is None else self.listed(allowed)
+        if names is not None and name not in names:
             return [f"{self.allowlist}={allowed} leaves {name} out: add it"]
         return []
 

@@ -335,6 +335,12 @@ CONTRACTS = (
     ),
 )
 
+
+def plugins_listed(value: str) -> set[str] | None:
+    """The names in SGLANG_PLUGINS, as SGLang reads it: an empty value is none at all, spaces do not count."""
+    return {name.strip() for name in value.split(",")} if value else None
+
+
 SGLANG_MOE = PatchSet(
     name="sglang",
     key="sglang_moe",
@@ -342,6 +348,7 @@ SGLANG_MOE = PatchSet(
     env="MOE_OPS_SGLANG",
     entry_point=("sglang.srt.plugins", "moe_ops"),
     allowlist="SGLANG_PLUGINS",
+    listed=plugins_listed,
     platform=platform,
     patches=PATCHES,
     contracts=CONTRACTS,

@@ -55,6 +55,20 @@ def test_every_patched_symbol_has_the_expected_signature(tree):
         assert engine.parameters(found) == engine.parameters(row.signature), row.target
 
 
+@pytest.mark.parametrize("value", ["", "moe_ops", "other, moe_ops ,", "other", ",", " "])
+def test_the_list_of_plugins_is_read_as_sglang_reads_it(tree, value, monkeypatch):
+    """By its own lines, from the value of SGLANG_PLUGINS to the entry points that it skips."""
+    loader = definition(tree, "sglang.srt.plugins:load_plugins_by_group")
+    lines = [ast.unparse(node) for node in loader.body if "allowed_" in ast.unparse(node)][:3]
+    assert lines[1] == "allowed_str = envs.SGLANG_PLUGINS.get()"
+    found = {"allowed_str": value}
+    exec("\n".join([lines[0], *lines[2:]]), found)
+    allowed = found["allowed_set"]
+    monkeypatch.setenv("SGLANG_PLUGINS", value)
+    left_out = [reason for reason in SGLANG_MOE.unreached_children() if "leaves moe_ops out" in reason]
+    assert bool(left_out) == (allowed is not None and "moe_ops" not in allowed)
+
+
 def test_every_version_in_range_has_one_row_for_each_target():
     for minor in range(17, 24):
         targets = [row.target for row in sglang_moe.PATCHES if engine._within(f"0.5.{minor}", row.versions)]
