@@ -32,7 +32,7 @@ VARIABLES = {
     SGLANG_MOE.env: "1: patch SGLang's MoE layers, also in the processes it starts; 0 or unset: do not",
     state.STATUS_DIR: "folder of the status files of patched processes",
     VLLM_LORA.allowlist: "vLLM's list of plugins to load; unset: all of them",
-    SGLANG_MOE.allowlist: "SGLang's list of plugins to load; unset: all of them",
+    SGLANG_MOE.allowlist: "SGLang's list of plugins to load; unset or empty: all of them",
     store.CONFIG_DIR: "folder of tuned launch parameters, asked before the shipped ones",
     debug.VARIABLE: "1: wait for each kernel, so that an error names the one that failed; slow",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, slowly, and not on the GPU",

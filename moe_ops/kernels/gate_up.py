@@ -2,13 +2,15 @@
 
 tile of rows of one expert -> gathered tokens x gate block, x up block -> activation -> one block of columns
 
-Shapes: x [M, K], or [C, K] in row order; gate and up each [E, N, K] (views of w13: its halves, or every other row); out
-[C, N]. All of one dtype, or x and w13 quantised, each with its scales (tiles.py). Both products accumulate in fp32
-(int8: int32) and the activation is applied to them before the one rounding, so that the [C, 2N] between them exists
-nowhere; out may be quantised too, with a scale for each group of columns. Arrays of the plan as in routing.py.
+Shapes: x [M, K], or [C, K] in row order; w13 [E, 2N, K], of which gate and up are views [E, N, K]: its halves, or
+every other row; out [C, N]. All of one dtype, or x and w13 quantised, each with its scales (tiles.py). Both products
+accumulate in fp32 (int8: int32) and the activation is applied to them before the one rounding, so that the [C, 2N]
+between them exists nowhere; out may be quantised too, with a scale for each group of columns. Arrays of the plan as in
+routing.py.
 
-Large tiles take the gates of their columns and the ups as one block of w13, and one product of twice the columns
-(JOINED): two products would fetch each block of x twice from shared memory, which then keeps the tensor cores waiting.
+From tiles of 64 rows on, where TMA reads w13, in the dtype of x and without scales of blocks, the gates of a program's
+columns and their ups are one block of w13, and one product of twice the columns (JOINED): two would fetch each block
+of x twice from shared memory, which then keeps the tensor cores waiting.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from .tiles import (
 )
 
 JOINED_ROWS = 64
-"""Rows of a tile from which gates and ups are one product."""
+"""Rows of a tile from which gates and ups may be one product."""
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 import moe_ops
 from moe_ops import ops, reference
 from moe_ops.kernels.combine import combine
-from moe_ops.kernels.gate_up import gate_up
+from moe_ops.kernels.gate_up import JOINED_ROWS, gate_up
 from moe_ops.kernels.grouped_gemm import grouped_gemm
 from moe_ops.kernels.routing import routing_plan
 from moe_ops.kernels.tiles import takes_tma
@@ -76,7 +76,7 @@ CASES = [
     Case("clamped swiglu", bias=True, options=SWIGLU),
     Case("interleaved clamped swiglu", bias=True, options=SWIGLU | {"interleaved": True}),
     Case("interleaved, rows that TMA does not take", hidden=41, options={"interleaved": True}),
-    Case("interleaved, tiles of 64 rows", tokens=70, experts=3, inner=90, options={"interleaved": True}),
+    Case("interleaved, tiles of 64 rows", tokens=30, experts=3, inner=90, options={"interleaved": True}),
     Case(
         "interleaved, a full tile of 128 rows and a short one",
         tokens=165,
@@ -87,10 +87,10 @@ CASES = [
         bias=True,
         options=SWIGLU | {"interleaved": True},
     ),
-    Case("biases, tiles of 64 rows", tokens=70, experts=3, inner=90, bias=True),
+    Case("biases, tiles of 64 rows", tokens=30, experts=3, inner=90, bias=True),
     Case(
         "routed weight on the input, tiles of 64 rows",
-        tokens=70,
+        tokens=30,
         experts=3,
         options={"apply_router_weight_on_input": True},
     ),
@@ -174,6 +174,9 @@ def test_cases_reach_every_tile_and_both_ways_to_read(device):
     """That the cases are what they say."""
     tiles = {tile_rows(case.tokens, case.experts, case.top_k) for case in CASES}
     assert tiles == {16, 64, 128}
+    large = [c for c in CASES if tile_rows(c.tokens, c.experts, c.top_k) >= JOINED_ROWS and c.hidden % 8 == 0]
+    joined = {(tile_rows(c.tokens, c.experts, c.top_k), c.options.get("interleaved", False)) for c in large}
+    assert joined == {(64, False), (64, True), (128, False), (128, True)}, "gates and ups are one product"
     direct = [c for c in CASES if runs_direct(MoeLayer(c.experts, c.top_k, c.hidden, c.inner), c.tokens)]
     assert {case.tokens for case in direct} >= {1, 2, 4}
     if device == "cpu" or torch.cuda.get_device_capability() >= (9, 0):

@@ -132,7 +132,11 @@ def check(layer: dict, device: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     "case",
-    [Case("ids of -1", left_out=0.4), Case("tiles of 64 rows", tokens=36, experts=2, hidden=40, inner=72)],
+    [
+        Case("ids of -1", left_out=0.4),
+        Case("tiles of 64 rows", tokens=36, experts=2, hidden=40, inner=72),
+        Case("tiles of 64 rows, through TMA", tokens=36, experts=2, hidden=160, inner=80),
+    ],
     ids=str,
 )
 def test_schemes(scheme, case, dtype, device, poisoned):  # noqa: F811
@@ -151,6 +155,14 @@ CASES = [
     Case("biases, ids of -1", bias=True, left_out=0.4, options={"routed_scaling": 2.5}),
     Case("interleaved clamped swiglu", bias=True, options=SWIGLU | {"interleaved": True}),
     Case("interleaved, tiles of 64 rows", tokens=36, experts=2, inner=80, options={"interleaved": True}),
+    Case(
+        "interleaved, tiles of 64 rows, through TMA",
+        tokens=36,
+        experts=2,
+        hidden=160,
+        inner=80,
+        options={"interleaved": True},
+    ),
     Case("ungated relu2 with biases", bias=True, options={"gated": False, "activation": "relu2"}),
     Case("routed weight on the input", options={"apply_router_weight_on_input": True}),
     Case("as gpt-oss", tokens=3, experts=2, hidden=2880, inner=34, bias=True, options=SWIGLU | {"interleaved": True}),
