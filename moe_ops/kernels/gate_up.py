@@ -40,6 +40,7 @@ from .tiles import (
     product,
     row_stride,
     rows_operand,
+    rows_source,
     scale_arguments,
     store_rows,
     takes_tma,
@@ -146,8 +147,7 @@ def gate_up_tile(
     if GATHER:
         x_rows = choices // TOP_K
 
-    if not X_TMA:
-        x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
+    source = rows_source(x, x_rows, ks, x_stride, X_TMA)
     if w_scale is not None:
         scale = load_x_scale(x_scale, expert, x_rows, live, 0)
         gate_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, STEP, SCALE_N, ONE_SCALE)
@@ -156,10 +156,7 @@ def gate_up_tile(
     if JOINED:
         sums = tl.zeros((BLOCK_M, 2 * BLOCK_N), ACC)
         for k0 in range(0, K, BLOCK_K):
-            if X_TMA:
-                a = x.load([first_row, k0])
-            else:
-                a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+            a = load_rows(source, first_row, k0, live, ks, K, BLOCK_K, X_TMA)
             both = gate.load([expert, column, 0, k0] if INTERLEAVED else [expert, 0, column, k0])
             sums = add_product(sums, a, both.reshape(2 * BLOCK_N, BLOCK_K))
         if INTERLEAVED:
@@ -173,10 +170,7 @@ def gate_up_tile(
             up_source = weight_source(up, expert, columns, ks, expert_stride, row_stride, TMA)
             ups = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k0 in range(0, K, BLOCK_K):
-            if X_TMA:
-                a = x.load([first_row, k0])
-            else:
-                a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+            a = load_rows(source, first_row, k0, live, ks, K, BLOCK_K, X_TMA)
             w = load_weight(gate_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
             if GATED:
                 w_up = load_weight(up_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)

@@ -34,6 +34,7 @@ from .tiles import (
     product,
     row_stride,
     rows_operand,
+    rows_source,
     scale_arguments,
     store_rows,
     takes_tma,
@@ -94,18 +95,14 @@ def grouped_tile(
     x_rows = rows
     if GATHER:
         x_rows = tl.load(choices_ptr + rows, mask=live, other=0) // TOP_K
-    if not X_TMA:
-        x_pointers = x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
+    source = rows_source(x, x_rows, ks, x_stride, X_TMA)
     w_source = weight_source(w, expert, columns, ks, expert_stride, row_stride, TMA)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if w_scale is not None:
         scale = load_x_scale(x_scale, expert, x_rows, live, 0)
         w_factor = load_w_scale(w_scale, expert, column, columns, 0, N, 0, 1, SCALE_N, ONE_SCALE)
     for k0 in range(0, K, BLOCK_K):
-        if X_TMA:
-            a = x.load([first_row, k0])
-        else:
-            a = load_rows(x_pointers, k0, live, ks, K, BLOCK_K)
+        a = load_rows(source, first_row, k0, live, ks, K, BLOCK_K, X_TMA)
         b = load_weight(w_source, expert, column, columns, k0, ks, N, K, BLOCK_N, BLOCK_K, TMA)
         if BLOCKED:  # scales of the next step come while this one multiplies
             group = min(k0 + BLOCK_K, K - 1) // SCALE_K

@@ -1,7 +1,8 @@
 """What the grouped GEMM kernels share: which tile a program computes, how it reads and multiplies its operands.
 
-A weight is read through a TMA descriptor where its layout allows one, else through pointers: `operand` makes the kernel
-argument of either kind, `load_weight` reads a block of either.
+A weight, and rows in the order of the plan, are read through a TMA descriptor where their layout allows one, else
+through pointers: `operand` makes the kernel argument of either kind, `load_weight` and `load_rows` read a block of
+either.
 
 Scales of quantised operands come as (pointer, strides of expert, row and group of K), 0 where all share one, so that
 one address says what is per tensor, expert, row, channel or block; `scale_arguments` makes them. They multiply the sums
@@ -40,12 +41,26 @@ def tile_of(index, num_tiles, BLOCKS: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointers, k0, live, ks, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Block [BLOCK_M, BLOCK_K] of rows from column k0 on; zero where the row or the column is padding."""
-    if K % BLOCK_K == 0:
-        return tl.load(pointers + k0, mask=live[:, None], other=0.0)
+def rows_source(x, x_rows, ks, x_stride, TMA: tl.constexpr):
+    """Where `load_rows` reads: the descriptor x, or pointers [BLOCK_M, BLOCK_K] to the rows' first elements."""
+    if TMA:
+        return x
     else:
-        return tl.load(pointers + k0, mask=live[:, None] & (ks < K - k0)[None, :], other=0.0)
+        return x + x_rows[:, None].to(tl.int64) * x_stride + ks[None, :]
+
+
+@triton.jit
+def load_rows(source, first_row, k0, live, ks, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Block [BLOCK_M, BLOCK_K] of the rows of `rows_source` from column k0 on; zero where the column is padding.
+
+    A row that is not live is zero, too; through TMA, which starts at `first_row`, it is whatever follows.
+    """
+    if TMA:
+        return source.load([first_row, k0])
+    elif K % BLOCK_K == 0:
+        return tl.load(source + k0, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(source + k0, mask=live[:, None] & (ks < K - k0)[None, :], other=0.0)
 
 
 @triton.jit
