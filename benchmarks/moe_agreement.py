@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import random
 import statistics
@@ -42,7 +41,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
-from running import positive
+from running import now, positive
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -293,7 +292,7 @@ def run_engine(options: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "commit": options.commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

@@ -22,7 +22,6 @@ Exit status: 0 if every check passed, 1 if not.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -37,7 +36,6 @@ from pathlib import Path
 import moe_measure
 import moe_report
 import torch
-import triton
 from baselines import Missing, interpreted
 from moe_baselines import IMPLS
 from moe_measure import Measurement
@@ -47,7 +45,7 @@ from moe_shapes import GRID, LAYERS, QUICK_TOKENS, ROUTINGS, TINY_TOKENS, TOKENS
 from moe_worker import Worker, WorkerError
 from rich.console import Console
 from rich.markup import escape
-from running import RESULTS, append_rows, git_commit, positive, progress_bar, read_rows
+from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar, read_rows
 from timing import H200_CEILINGS, measured_ceilings
 
 ON_GPU = torch.cuda.is_available()
@@ -167,12 +165,8 @@ def row_of(case: Case, found: Measurement, touched: float, ceilings: tuple[float
         **times,
         "floor_us": f"{floor_us(case, touched, *ceilings):.3f}",
         "max_rel_err": f"{found.error:.3g}",
-        "gpu": GPU,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "host_version": found.version,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **origin(GPU, commit),
         "tolerance": f"{tolerance(case.dtype):.3g}",
         "experts_touched": f"{touched:.1f}",
     }

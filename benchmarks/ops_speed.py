@@ -20,7 +20,6 @@ Exit status: 0 if every check passed, 1 if not.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import math
@@ -32,13 +31,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import triton
 from baselines import IMPLS, Missing, interpreted
 from problem import DTYPES, Problem, make_problem, max_rel_error, reference, tolerance
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from running import RESULTS, append_rows, git_commit, positive, progress_bar, read_rows, run_ahead, unusable_configs
+from running import (
+    RESULTS,
+    append_rows,
+    git_commit,
+    origin,
+    positive,
+    progress_bar,
+    read_rows,
+    run_ahead,
+    unusable_configs,
+)
 from shapes import DISTRIBUTIONS, GRID, MODELS, QUICK_GRID, TINY_GRID, Case, floor_us
 from timing import COLD_BYTES, H200_CEILINGS, Timing, capture, graph_time, measured_ceilings
 
@@ -265,12 +273,8 @@ def rows_of(result: Result, caches: list[str], commit: str) -> list[dict[str, st
         "floor_us": f"{result.floor_us:.3f}",
         "max_rel_err": f"{result.error:.3g}",
         "tolerance": f"{tolerance(result.case.dtype):.3g}",
-        "gpu": GPU,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
         "host_version": result.version,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **origin(GPU, commit),
     }
     rows = []
     for cache in caches:

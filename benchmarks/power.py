@@ -14,7 +14,6 @@ benchmarks/results/<GPU>/power.csv.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
-from moe_problem import layer_arguments, make_problem, max_rel_error, reference, tolerance
+from moe_measure import check, checked_problem, load
+from moe_problem import tolerance
 from moe_shapes import LAYERS, Case
 from rich.console import Console
 from rich.table import Table
-from running import RESULTS, append_rows, git_commit, positive, progress_bar, read_rows
+from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar, read_rows
 from timing import capture, replay_us
 
 COLUMNS = ["what", "rows", "k", "n", "burst_us", "burst_tflops", "sustained_us", "sustained_tflops", "mhz", "watts"]
@@ -122,16 +121,9 @@ def layer(case: Case) -> Callable[[int], object]:
     Raises:
         SystemExit: it is wrong.
     """
-    import moe_ops
-
-    problem = make_problem(case, "cuda", 0)
-    weights = problem.weights
-
-    def run(_: int) -> torch.Tensor:
-        first = (problem.hidden[0], weights.w13, weights.w2, problem.topk_weights[0], problem.topk_ids[0])
-        return moe_ops.fused_experts(*first, **layer_arguments(problem))
-
-    error = max_rel_error(run(0), reference(problem), problem)
+    problem, expected = checked_problem(case, 0)
+    run = load("ours").bind(problem, None)
+    error = check(run, problem, expected)
     if not error <= tolerance(case.dtype):
         raise SystemExit(f"{case}: wrong by {error:.3g} of a row's norm, no speed is shown")
     return run
@@ -189,13 +181,11 @@ def main(argv: list[str] | None = None) -> int:
             for what, sizes, flops, make in (job for case in cases for job in jobs(case)):
                 progress.update(task, description=what)
                 found = measure(make(), sampler)
-                row = dict(zip(COLUMNS, (what, *sizes), strict=False)) | {"gpu": gpu, "commit": options.commit}
+                row = dict(zip(COLUMNS, (what, *sizes), strict=False)) | origin(gpu, options.commit)
                 for name in ("burst", "sustained"):
                     row[f"{name}_us"] = f"{found[f'{name}_us']:.1f}"
                     row[f"{name}_tflops"] = f"{flops / found[f'{name}_us'] / 1e6:.1f}"
                 row |= {name: found[name] and f"{found[name]:.0f}" for name in ("mhz", "watts")}
-                row |= {"torch": torch.__version__, "triton": triton.__version__}
-                row["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
                 rows.append(row)
                 append_rows(path, COLUMNS, [row])
                 torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import datetime
 import math
 import subprocess
 import time
@@ -41,6 +42,20 @@ def git_commit() -> str:
         if done.returncode == 0:
             return done.stdout.strip()
     return "unknown"
+
+
+def now() -> str:
+    """The time of a measurement, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def origin(gpu: str, commit: str) -> dict[str, str]:
+    """The columns that say where a row of an op was measured, and when."""
+    import torch  # here, for scripts that only watch servers or engines
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"gpu": gpu, **versions, "commit": commit, "date": now()}
 
 
 def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

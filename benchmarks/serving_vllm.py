@@ -27,7 +27,6 @@ commands. Exit status: 0 if all was measured, 1 if something failed, 3 if time r
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -50,7 +49,7 @@ import vllm_agreement
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from running import positive
+from running import now, positive
 from serving_server import (
     LORA,
     VLLM,
@@ -514,7 +513,7 @@ def measure_server(
             server.check(moved=bool(traffic.adapters))
             row = key_row(options, machine, setting, traffic, load) | columns
             row |= {"requests": requests, "start_s": round(server.start_s, 1), "commit": machine.commit}
-            row["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            row["date"] = now()
             report.append(path, row)
             clock.longest = max(clock.longest, time.monotonic() - start)
             advance(row)

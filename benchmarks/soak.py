@@ -35,7 +35,6 @@ Faults, each printed, any of which makes the exit status 1:
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -53,7 +52,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import positive
+from running import now, positive
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
 PROBES_PER_S = 2.0
@@ -559,7 +558,7 @@ def write_json(path: Path, report: dict, found: list[Check], faults: list[str], 
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "vllm": vllm.__version__,
         "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "noise": report["noise"],
         "idle": report["idle"],
         "idle_after": report["idle_after"],

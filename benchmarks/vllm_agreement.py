@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import itertools
 import json
 import os
@@ -44,7 +43,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from running import positive
+from running import now, positive
 
 ENGINES = ("base", "stock", "patched")
 VARIANTS = ("reference", *ENGINES)
@@ -658,7 +657,7 @@ def main(argv: list[str] | None = None) -> int:
         run = run_reference if options.process == "reference" else run_engine
         result = run(options) | {
             "commit": options.commit,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
         }
         result_file(options, options.process).write_text(json.dumps(result))
         return 0

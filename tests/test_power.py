@@ -33,14 +33,14 @@ def test_the_dense_products_are_the_layers():
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_wrong_layer_has_no_speed(right, monkeypatch):
-    make = power.make_problem
-    monkeypatch.setattr(power, "make_problem", lambda case, device, seed: make(case, "cpu", seed))
+    case = Case(LAYERS["tiny"], 5)
     if right:
-        assert power.layer(Case(LAYERS["tiny"], 5))(0).shape == (5, LAYERS["tiny"].hidden)
+        assert power.layer(case)(0).shape == (5, LAYERS["tiny"].hidden)
         return
-    monkeypatch.setattr(power, "reference", lambda problem: torch.ones(len(problem.rows), problem.case.layer.hidden))
+    problem, expected = power.checked_problem(case, 0)
+    monkeypatch.setattr(power, "checked_problem", lambda case, seed: (problem, torch.ones_like(expected)))
     with pytest.raises(SystemExit, match="no speed is shown"):
-        power.layer(Case(LAYERS["tiny"], 5))
+        power.layer(case)
 
 
 def test_rows_and_table(tmp_path, monkeypatch, capsys):
