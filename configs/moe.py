@@ -44,6 +44,9 @@ DIRECT_BLOCK_K, DIRECT_STEPS = 512, 64
 DIRECT_CHUNK, DIRECT_ELEMENTS = 16, 2048
 """Elements of K that share an fp8 scale in such a program, at least: what a thread reads at once; and at most, of all
 experts of a token together: more do not fit its registers."""
+PLANLESS_CHOICES, PLANLESS_ROWS = 256, 16
+"""Choices of a batch whose tiles find their rows without a plan, at most, and rows of such a tile: with more, programs
+look at more choices, and more of them begin no tile. Measured on an H100."""
 STATIONARY_STEPS = 4
 """Blocks of K that a stationary program keeps, at most."""
 TMA_STORE_ROWS = 1024
@@ -216,6 +219,13 @@ def _direct_blocks(layer: MoeLayer) -> bool:
     """Whether a quantised layer may run choice by choice: in fp8 blocks, of which a step of K has whole groups."""
     group = layer.block_shape[1] if layer.quant == "fp8_w8a8" and layer.block_shape else 0
     return DIRECT_CHUNK <= group <= DIRECT_ELEMENTS // padded(layer.top_k) and group & (group - 1) == 0
+
+
+def runs_without_plan(layer: MoeLayer, config: LayerConfig, tokens: int) -> bool:
+    """Whether the tiles of a batch find their rows by themselves; else a launch makes a plan of them."""
+    by_row = layer.quant in (None, "int8_w8a16") or layer.block_shape is not None  # no scale is of several rows of x
+    small = config.gate_up.block_m == PLANLESS_ROWS and not config.gate_up.permute
+    return by_row and small and tokens * layer.top_k <= min(layer.experts, PLANLESS_CHOICES)
 
 
 def shared_memory(config: MoeConfig, products: int, itemsize: int, k: int) -> int:

@@ -1,11 +1,12 @@
 """The launches of a routed-experts layer, in order, for launch parameters that are given.
 
-few tokens   gate_up choice by choice -> down over the experts of a token (kernels/direct.py)
-else         plan -> [quantise or permute rows] -> gate_up with activation -> [quantise] -> down -> combine
+a few tokens    gate_up choice by choice -> down over the experts of a token (kernels/direct.py)
+a few choices   [quantise] -> gate_up with activation -> [quantise] -> down -> combine (kernels/choices.py)
+else            plan -> [quantise or permute rows] -> gate_up with activation -> [quantise] -> down -> combine
 
 On compute capability 9.0 and later the products, the combine and the later launches of a plan are set up under the tail
 of the launch before them (PDL): every program waits for that launch before it touches any memory, and only then lets
-the next one start; of few tokens, down waits so for gate_up before it reads h and writes out.
+the next one start; of a few tokens, down waits so for gate_up before it reads h and writes out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from pathlib import Path
 
 import torch
 
-from ops_configs.moe import TOKENS, LayerConfig, MoeLayer, layer_config, runs_direct
+from ops_configs.moe import (
+    PLANLESS_CHOICES,
+    TOKENS,
+    LayerConfig,
+    MoeLayer,
+    layer_config,
+    runs_direct,
+    runs_without_plan,
+)
 from ops_configs.store import register_kernels
 
 register_kernels("moe_ops", Path(__file__).parent / "kernels")
@@ -40,7 +49,8 @@ def run_layer(out, hidden, w13, w2, topk_weights, topk_ids, *, global_experts, *
         run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options)
         return
     config = layer_config(layer, tokens, hidden.dtype, hidden.device)
-    run_planned(out, hidden, w13, w2, topk_weights, topk_ids, config, **options)
+    planned = not runs_without_plan(layer, config, tokens)
+    run_tiles(out, hidden, w13, w2, topk_weights, topk_ids, config, planned, **options)
 
 
 def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, global_experts, **_) -> MoeLayer:
@@ -61,7 +71,7 @@ def run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
     fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
 
 
-def run_planned(
+def run_tiles(
     out,
     hidden,
     w13,
@@ -69,6 +79,7 @@ def run_planned(
     topk_weights,
     topk_ids,
     config: LayerConfig,
+    planned: bool,
     *,
     bias2,
     expert_map,
@@ -84,7 +95,8 @@ def run_planned(
     power_of_two_scales,
     **activation,
 ) -> None:
-    """The layer, in tiles of rows of one expert."""
+    """The layer, in tiles of rows of one expert; planned: see `runs_without_plan`."""
+    from .kernels.choices import Choices
     from .kernels.combine import combine
     from .kernels.gate_up import gate_up
     from .kernels.grouped_gemm import grouped_gemm
@@ -95,7 +107,10 @@ def run_planned(
     experts, width, inner = w2.shape
     choices = topk_ids.numel()
     pdl = _supports_pdl(hidden.device)
-    plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map, pdl=pdl)
+    if planned:
+        tiles = plan = routing_plan(topk_ids, experts, config.gate_up.block_m, expert_map, pdl=pdl)
+    else:
+        tiles, plan = Choices.of(topk_ids, experts, expert_map), None
     weights = topk_weights.reshape(-1).contiguous()
     on_input, on_output = (weights, None) if apply_router_weight_on_input else (None, weights)
 
@@ -116,7 +131,7 @@ def run_planned(
         x,
         w13,
         h,
-        plan,
+        tiles,
         config.gate_up,
         **activation,
         weights=on_input,
@@ -133,8 +148,8 @@ def run_planned(
         h, h_scale = quantize(h, quant, a2_scale, per_token and a2_scale is None, **how, plan=plan)
     y = hidden.new_empty(choices, width)
     scales = {"x_scale": h_scale, "w_scale": w2_scale, "block_shape": block_shape}
-    grouped_gemm(h, w2, y, plan, config.down, bias=bias2, weights=on_output, **scales, pdl=pdl)
-    combine(y, out, plan, routed_scaling, pdl=pdl)
+    grouped_gemm(h, w2, y, tiles, config.down, bias=bias2, weights=on_output, **scales, pdl=pdl)
+    combine(y, out, tiles, routed_scaling, pdl=pdl)
 
 
 def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:
@@ -146,10 +161,13 @@ def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **
     layer = layer_of(w2, top_k, global_experts=global_experts, **options)
     if runs_direct(layer, 1):
         run_direct(*arguments, **options)
-    configs = dict.fromkeys(layer_config(layer, tokens, hidden.dtype, hidden.device) for tokens in TOKENS)
-    for config in configs:
-        run_planned(*arguments, config, **options)
+    ways = {}
+    for tokens in (*range(1, PLANLESS_CHOICES + 1), *TOKENS):
+        config = layer_config(layer, tokens, hidden.dtype, hidden.device)
+        ways[config, not runs_without_plan(layer, config, tokens)] = None
+    for config, planned in ways:
+        run_tiles(*arguments, config, planned, **options)
     experts, pdl = w2.shape[0], _supports_pdl(hidden.device)
-    for tile_rows in {config.gate_up.block_m for config in configs}:
+    for tile_rows in {config.gate_up.block_m for config, planned in ways if planned}:
         for choices in lone_chunks(num_bins(experts)):  # one more than each holds
             routing_plan(topk_ids.expand(choices // top_k + 1, -1), experts, tile_rows, expert_map, pdl=pdl)

@@ -403,7 +403,7 @@ def run_config(name: str) -> None:
     layer = moe_ops.launches.layer_of(arguments[1], sizes[1], **options)
     moe.check(config, layer, layer.itemsize(hidden.dtype))
     del options["global_experts"]
-    moe_ops.launches.run_planned(torch.empty_like(hidden), hidden, *arguments, config, **options)
+    moe_ops.launches.run_tiles(torch.empty_like(hidden), hidden, *arguments, config, True, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -26,6 +26,7 @@ from ops_configs.moe import MoeConfig
 
 from ..reference import LIMITS
 from ..routing import RoutingPlan
+from .choices import Choices, begins_tile, tile_arguments, tile_from
 from .quantize import magnitude, quantized, scale_of
 from .tiles import (
     UNALIGNED,
@@ -97,6 +98,9 @@ def gate_up_tile(
     tile_experts_ptr,
     tile_starts_ptr,
     tile_sizes_ptr,
+    ids_ptr,
+    expert_map_ptr,
+    num_tiles,
     x_stride,
     expert_stride,
     row_stride,
@@ -109,6 +113,9 @@ def gate_up_tile(
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -131,13 +138,20 @@ def gate_up_tile(
     BLOCK_K: tl.constexpr,
 ):
     """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
-    expert = tl.load(tile_experts_ptr + tile)
-    m = tl.arange(0, BLOCK_M)
-    first_row = tl.load(tile_starts_ptr + tile)
-    size = tl.load(tile_sizes_ptr + tile)
-    rows = first_row + m
+    if tile_experts_ptr is None:
+        expert, size, rows = tile_from(
+            tile, ids_ptr, expert_map_ptr, num_tiles, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M
+        )
+        m = tl.arange(0, BLOCK_M)
+        first_row = 0
+    else:
+        expert = tl.load(tile_experts_ptr + tile)
+        m = tl.arange(0, BLOCK_M)
+        first_row = tl.load(tile_starts_ptr + tile)
+        size = tl.load(tile_sizes_ptr + tile)
+        rows = first_row + m
     live = m < size
-    choices = tl.load(choices_ptr + rows, mask=live, other=0)
+    choices = rows if choices_ptr is None else tl.load(choices_ptr + rows, mask=live, other=0)
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
 
@@ -239,10 +253,12 @@ def gate_up_kernel(
     out,  # [C, N], pointer; OUT_TMA: descriptor of `rows_operand`
     out_half,  # out; OUT_TMA: descriptor of half as many rows
     out_scale_ptr,  # fp32 [C, ceil(N / OUT_GROUP)] of quantised out, or None
-    choices_ptr,  # int32 [C]
+    choices_ptr,  # int32 [C], or None, as are the next three: without a plan (choices.py)
     tile_experts_ptr,  # int32 [T]
     tile_starts_ptr,  # int32 [T]
     tile_sizes_ptr,  # int32 [T]
+    ids_ptr,  # [C] without a plan, else None
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
     num_tiles,
     x_stride,
     expert_stride,
@@ -256,6 +272,9 @@ def gate_up_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -281,6 +300,8 @@ def gate_up_kernel(
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
 
+    Without a plan num_tiles is the number of choices, most of which no tile begins with, and rows are choices.
+
     Rows without expert are in no tile and stay as they are. The routed weight multiplies the products: that is the
     same as multiplying x. Quantised out is what `quantize` makes of an out of dtype ROUND_TO: BLOCK_N is a multiple of
     OUT_GROUP. A tile of 128 rows that is at most half full multiplies half the rows.
@@ -289,9 +310,14 @@ def gate_up_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile, block = tile_of(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    size = tl.load(tile_sizes_ptr + tile)
-    if size == 0:
-        return
+    if tile_sizes_ptr is None:
+        if not begins_tile(tile, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M):
+            return
+        size = BLOCK_M
+    else:
+        size = tl.load(tile_sizes_ptr + tile)
+        if size == 0:
+            return
     if BLOCK_M == 128:
         if size <= BLOCK_M // 2:
             gate_up_tile(
@@ -311,6 +337,9 @@ def gate_up_kernel(
                 tile_experts_ptr,
                 tile_starts_ptr,
                 tile_sizes_ptr,
+                ids_ptr,
+                expert_map_ptr,
+                num_tiles,
                 x_stride,
                 expert_stride,
                 row_stride,
@@ -323,6 +352,9 @@ def gate_up_kernel(
                 N,
                 K,
                 TOP_K,
+                EXPERTS,
+                GLOBAL_EXPERTS,
+                CHOICES,
                 GATHER,
                 GATED,
                 INTERLEAVED,
@@ -362,6 +394,9 @@ def gate_up_kernel(
         tile_experts_ptr,
         tile_starts_ptr,
         tile_sizes_ptr,
+        ids_ptr,
+        expert_map_ptr,
+        num_tiles,
         x_stride,
         expert_stride,
         row_stride,
@@ -374,6 +409,9 @@ def gate_up_kernel(
         N,
         K,
         TOP_K,
+        EXPERTS,
+        GLOBAL_EXPERTS,
+        CHOICES,
         GATHER,
         GATED,
         INTERLEAVED,
@@ -415,7 +453,7 @@ def gate_up(
     x: torch.Tensor,
     w13: torch.Tensor,
     out: torch.Tensor,
-    plan: RoutingPlan,
+    tiles: RoutingPlan | Choices,
     config: MoeConfig,
     *,
     activation: str = "silu",
@@ -440,7 +478,8 @@ def gate_up(
         x: [M, K], a row for each token, or without gather [C, K] in row order; last dimension contiguous.
         w13: [E, 2N, K], gated; else [E, N, K]. Last dimension contiguous, the dtype of x, or int8.
         out: [C, N] contiguous. Rows without expert stay as they are.
-        plan: of tiles of config.block_m rows, with at least one choice.
+        tiles: a plan of tiles of config.block_m rows, with at least one choice; or the choices, with gather: out is
+            then in their order.
         activation, gated, interleaved, swiglu_alpha, swiglu_limit: as reference.activate has them.
         bias13: [E, rows of w13].
         weights: [C] contiguous, routed weight of each choice, applied to x.
@@ -459,10 +498,12 @@ def gate_up(
     scales = scale_arguments(
         x, w13, x_scale, w_scale, block_shape, config.block_k, block_n, ups=n if gated else 0, interleaved=interleaved
     )
-    num_tiles, block = plan.tile_experts.shape[0], (1, block_n, scales["BLOCK_K"])
+    tile_args, tile_constants = tile_arguments(tiles)
+    num_tiles, block = tile_args[-1], (1, block_n, scales["BLOCK_K"])
     x_tma = tma and not gather and takes_tma(x)
     joined = gated and tma and w13.dtype == x.dtype and block_shape is None and config.block_m >= JOINED_ROWS
-    out_tma = config.tma_store and tma and out_scale is None and takes_tma(out)
+    planned = isinstance(tiles, RoutingPlan)
+    out_tma = config.tma_store and planned and tma and out_scale is None and takes_tma(out)
     gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
         operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
         operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128),
@@ -476,11 +517,7 @@ def gate_up(
         rows_operand(out, (config.block_m, block_n), out_tma),
         rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128),
         out_scale,
-        plan.choices,
-        plan.tile_experts,
-        plan.tile_starts,
-        plan.tile_sizes,
-        num_tiles,
+        *tile_args,
         row_stride(x),
         gate.stride(0),
         gate.stride(1),
@@ -490,7 +527,8 @@ def gate_up(
         swiglu_limit,
         N=n,
         K=x.shape[1],
-        TOP_K=plan.top_k,
+        TOP_K=tiles.top_k,
+        **tile_constants,
         GATHER=gather,
         GATED=gated,
         INTERLEAVED=interleaved,
@@ -510,5 +548,5 @@ def gate_up(
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        launch_pdl=pdl,
+        launch_pdl=pdl and planned,  # else what comes before is not ours
     )

@@ -19,6 +19,7 @@ import triton.language as tl
 from ops_configs.moe import MoeConfig, stationary_fits
 
 from ..routing import RoutingPlan
+from .choices import Choices, begins_tile, tile_arguments, tile_from
 from .tiles import (
     UNALIGNED,
     add_product,
@@ -61,6 +62,9 @@ def grouped_tile(
     tile_experts_ptr,
     tile_starts_ptr,
     tile_sizes_ptr,
+    ids_ptr,
+    expert_map_ptr,
+    num_tiles,
     x_stride,
     expert_stride,
     row_stride,
@@ -69,6 +73,9 @@ def grouped_tile(
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
     GATHER: tl.constexpr,
     ACC: tl.constexpr,
     BLOCKED: tl.constexpr,
@@ -83,11 +90,18 @@ def grouped_tile(
     BLOCK_K: tl.constexpr,
 ):
     """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
-    expert = tl.load(tile_experts_ptr + tile)
-    m = tl.arange(0, BLOCK_M)
-    first_row = tl.load(tile_starts_ptr + tile)
-    size = tl.load(tile_sizes_ptr + tile)
-    rows = first_row + m
+    if tile_experts_ptr is None:
+        expert, size, rows = tile_from(
+            tile, ids_ptr, expert_map_ptr, num_tiles, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M
+        )
+        m = tl.arange(0, BLOCK_M)
+        first_row = 0
+    else:
+        expert = tl.load(tile_experts_ptr + tile)
+        m = tl.arange(0, BLOCK_M)
+        first_row = tl.load(tile_starts_ptr + tile)
+        size = tl.load(tile_sizes_ptr + tile)
+        rows = first_row + m
     live = m < size
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -132,11 +146,13 @@ def grouped_gemm_kernel(
     bias_ptr,  # [E, N] or None
     weights_ptr,  # [C] routed weight of each choice, or None
     out,  # [C, N], pointer; OUT_TMA: descriptor of `rows_operand`
-    choices_ptr,  # int32 [C]
+    choices_ptr,  # int32 [C], or None, as are the next three: without a plan (choices.py)
     tile_experts_ptr,  # int32 [T]
     tile_starts_ptr,  # int32 [T]
     tile_sizes_ptr,  # int32 [T]
-    tile_count_ptr,  # int32 [1]
+    ids_ptr,  # [C] without a plan, else None
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    tile_count_ptr,  # int32 [1], used when PERSISTENT
     num_tiles,
     x_stride,
     expert_stride,
@@ -146,6 +162,9 @@ def grouped_gemm_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
     GATHER: tl.constexpr,
     ACC: tl.constexpr,
     BLOCKED: tl.constexpr,
@@ -163,6 +182,7 @@ def grouped_gemm_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
+    Without a plan num_tiles is the number of choices, most of which no tile begins with, and rows are choices.
     PERSISTENT, grid: (programs,). A program owns every programs-th of these, and fetches one while it stores another.
 
     Rows without expert are in no tile and stay as they are. Through TMA a tile also reads the rows that follow it:
@@ -191,6 +211,9 @@ def grouped_gemm_kernel(
                 tile_experts_ptr,
                 tile_starts_ptr,
                 tile_sizes_ptr,
+                ids_ptr,
+                expert_map_ptr,
+                num_tiles,
                 x_stride,
                 expert_stride,
                 row_stride,
@@ -199,6 +222,9 @@ def grouped_gemm_kernel(
                 N,
                 K,
                 TOP_K,
+                EXPERTS,
+                GLOBAL_EXPERTS,
+                CHOICES,
                 GATHER,
                 ACC,
                 BLOCKED,
@@ -214,9 +240,14 @@ def grouped_gemm_kernel(
             )
     else:
         tile, block = tile_of(tl.program_id(0), num_tiles, BLOCKS, GROUP_M)
-        size = tl.load(tile_sizes_ptr + tile)
-        if size == 0:
-            return
+        if tile_sizes_ptr is None:
+            if not begins_tile(tile, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M):
+                return
+            size = BLOCK_M
+        else:
+            size = tl.load(tile_sizes_ptr + tile)
+            if size == 0:
+                return
         if BLOCK_M == 128:
             if size <= BLOCK_M // 2:
                 grouped_tile(
@@ -233,6 +264,9 @@ def grouped_gemm_kernel(
                     tile_experts_ptr,
                     tile_starts_ptr,
                     tile_sizes_ptr,
+                    ids_ptr,
+                    expert_map_ptr,
+                    num_tiles,
                     x_stride,
                     expert_stride,
                     row_stride,
@@ -241,6 +275,9 @@ def grouped_gemm_kernel(
                     N,
                     K,
                     TOP_K,
+                    EXPERTS,
+                    GLOBAL_EXPERTS,
+                    CHOICES,
                     GATHER,
                     ACC,
                     BLOCKED,
@@ -269,6 +306,9 @@ def grouped_gemm_kernel(
             tile_experts_ptr,
             tile_starts_ptr,
             tile_sizes_ptr,
+            ids_ptr,
+            expert_map_ptr,
+            num_tiles,
             x_stride,
             expert_stride,
             row_stride,
@@ -277,6 +317,9 @@ def grouped_gemm_kernel(
             N,
             K,
             TOP_K,
+            EXPERTS,
+            GLOBAL_EXPERTS,
+            CHOICES,
             GATHER,
             ACC,
             BLOCKED,
@@ -372,7 +415,7 @@ def grouped_gemm(
     x: torch.Tensor,
     w: torch.Tensor,
     out: torch.Tensor,
-    plan: RoutingPlan,
+    tiles: RoutingPlan | Choices,
     config: MoeConfig,
     *,
     gather: bool = False,
@@ -389,7 +432,8 @@ def grouped_gemm(
         x: [C, K], or with gather [M, K]; last dimension contiguous.
         w: [E, N, K], last dimension contiguous, the dtype of x, or int8.
         out: [C, N] contiguous. Rows without expert stay as they are.
-        plan: of tiles of config.block_m rows, with at least one choice.
+        tiles: a plan of tiles of config.block_m rows, with at least one choice; or the choices, whose rows are in
+            their order.
         gather: x has a row for each token, not for each row of the plan.
         bias: [E, N].
         weights: [C] contiguous, routed weight of each choice, applied last.
@@ -399,8 +443,9 @@ def grouped_gemm(
     scales = scale_arguments(x, w, x_scale, w_scale, block_shape, config.block_k, config.block_n)
     n, k, block_k = out.shape[1], x.shape[1], scales["BLOCK_K"]
     tma = takes_tma(w)
-    x_tma = tma and not gather and takes_tma(x)
-    num_tiles = plan.tile_experts.shape[0]
+    tile_args, tile_constants = tile_arguments(tiles)
+    num_tiles, planned = tile_args[-1], isinstance(tiles, RoutingPlan)
+    x_tma = tma and not gather and planned and takes_tma(x)
     programs = num_tiles * triton.cdiv(n, config.block_n)
     persistent = config.persistent and x_tma
     stationary = config.stationary and x_tma and takes_tma(out) and stationary_fits(k, config.block_k, block_shape)
@@ -413,10 +458,7 @@ def grouped_gemm(
         bias_ptr,
         weights,
         rows_operand(out, (config.block_m, config.block_n), out_tma),
-        plan.choices,
-        plan.tile_experts,
-        plan.tile_starts,
-        plan.tile_sizes,
+        *tile_args[:4],
     )
     constants = {
         "N": n,
@@ -446,13 +488,15 @@ def grouped_gemm(
         operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128 and not persistent),
         *operands,
         *rows,
-        plan.tile_count,
+        *tile_args[4:6],
+        tiles.tile_count if planned else None,
         num_tiles,
         row_stride(x),
         w.stride(0),
         w.stride(1),
         *bias_strides,
-        TOP_K=plan.top_k,
+        TOP_K=tiles.top_k,
+        **tile_constants,
         GATHER=gather,
         X_TMA=x_tma,
         TMA=tma,

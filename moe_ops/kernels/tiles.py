@@ -139,11 +139,11 @@ def load_w_scale(
 
 @triton.jit
 def load_row_weight(weights_ptr, choices_ptr, rows, live):
-    """Routed weight of rows, fp32 [BLOCK_M, 1]; 1 without."""
+    """Routed weight of rows, fp32 [BLOCK_M, 1]; 1 without. choices_ptr: of a plan, None where rows are choices."""
     if weights_ptr is None:
         return tl.full((), 1.0, tl.float32)
     else:
-        choices = tl.load(choices_ptr + rows, mask=live, other=0)
+        choices = rows if choices_ptr is None else tl.load(choices_ptr + rows, mask=live, other=0)
         return tl.load(weights_ptr + choices, mask=live, other=0.0).to(tl.float32)[:, None]
 
 

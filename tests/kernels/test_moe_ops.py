@@ -1,13 +1,13 @@
 """The MoE kernels against the fp32 reference: on a GPU where there is one, else in Triton's interpreter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 
 import moe_ops
-from moe_ops import ops, reference
+from moe_ops import launches, ops, reference
 from moe_ops.kernels.combine import combine
 from moe_ops.kernels.gate_up import JOINED_ROWS, gate_up
 from moe_ops.kernels.grouped_gemm import grouped_gemm
@@ -47,9 +47,25 @@ class Case:
     def __str__(self) -> str:
         return self.why
 
+    def __or__(self, options: dict) -> "Case":
+        return replace(self, options=self.options | options)
+
 
 SWIGLU = {"activation": "swiglu_oai", "swiglu_alpha": 1.3, "swiglu_limit": 0.8}
+WITHOUT_PLAN = [
+    Case("a few choices", tokens=5, experts=40, top_k=3),
+    Case("a few choices, ids of -1 and biases", tokens=9, experts=50, top_k=4, bias=True, left_out=0.5),
+    Case("a few choices, nothing is here", tokens=9, experts=50, top_k=4, left_out=1.0),
+    Case("a few choices, all on one expert", tokens=20, experts=64, top_k=3, one_expert=True),
+    Case("a few choices, ungated, rows that TMA does not take", tokens=7, experts=40, top_k=5, hidden=37, inner=21)
+    | {"gated": False, "apply_router_weight_on_input": True},
+    Case("a few choices, interleaved", tokens=6, experts=17, bias=True) | SWIGLU | {"interleaved": True},
+    Case("a few choices, scaled", tokens=6, experts=13, hidden=272, inner=136) | {"routed_scaling": 2.5},
+    Case("as many choices as a plan is left out for", tokens=32, experts=256, top_k=8, hidden=40, inner=24),
+]
+"""Batches whose tiles find their rows by themselves."""
 CASES = [
+    *WITHOUT_PLAN,
     Case("plain"),
     Case("one token", tokens=1, top_k=1),
     Case("no tokens", tokens=0),
@@ -184,6 +200,38 @@ def test_cases_reach_every_tile_and_both_ways_to_read(device):
         assert read == {True, False}
 
 
+def watch_plans(monkeypatch) -> list[bool]:
+    """Whether the batches that run in tiles from now on have a plan."""
+    planned, run_tiles = [], launches.run_tiles
+
+    def watched(*args, **options):
+        planned.append(args[7])
+        run_tiles(*args, **options)
+
+    monkeypatch.setattr(launches, "run_tiles", watched)
+    return planned
+
+
+def test_without_a_plan_are_the_bits_of_a_plan(monkeypatch, dtype, device, poisoned):
+    planned = watch_plans(monkeypatch)
+    for case in WITHOUT_PLAN:
+        layer = make_layer(case, dtype, device)
+        layer["topk_ids"] = layer["topk_ids"].long()
+        ours = moe_ops.fused_experts(**layer)
+        with monkeypatch.context() as patch:
+            patch.setattr(launches, "runs_without_plan", lambda *_: False)
+            assert torch.equal(moe_ops.fused_experts(**layer), ours), case
+    assert planned == [False, True] * len(WITHOUT_PLAN)
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+def test_more_choices_have_a_plan(monkeypatch, tokens, device):
+    planned = watch_plans(monkeypatch)
+    layer = make_layer(Case("", tokens=tokens, experts=64, top_k=4), torch.float16, device)
+    moe_ops.fused_experts(**layer)
+    assert planned == [tokens == 17]
+
+
 def test_wide_ids_and_strided_rows(dtype, device, poisoned):
     """int64 ids, hidden as a window of a wider tensor, or transposed: as the reference."""
     layer = make_layer(Case("plain"), dtype, device)
@@ -196,16 +244,19 @@ def test_wide_ids_and_strided_rows(dtype, device, poisoned):
         assert_close(moe_ops.fused_experts(**layer | {"hidden": hidden}), expected, layer_tolerance(dtype))
 
 
-def test_ranks_of_expert_parallel_sum_to_the_layer(dtype, device, poisoned):
-    layer = make_layer(Case("", experts=7, top_k=3, bias=True), dtype, device)
-    owner = torch.arange(7) % 2
+@pytest.mark.parametrize(("experts", "tokens"), [(7, 13), (91, 8)], ids=["with a plan", "without"])
+def test_ranks_of_expert_parallel_sum_to_the_layer(monkeypatch, experts, tokens, dtype, device, poisoned):
+    planned = watch_plans(monkeypatch)
+    layer = make_layer(Case("", tokens=tokens, experts=experts, top_k=3, bias=True), dtype, device)
+    owner = torch.arange(experts) % 2
     total = 0
     for rank in (0, 1):
         mine = torch.nonzero(owner == rank).flatten()
-        expert_map = torch.full((7,), -1, dtype=torch.int32)
+        expert_map = torch.full((experts,), -1, dtype=torch.int32)
         expert_map[mine] = torch.arange(len(mine), dtype=torch.int32)
         local = {name: layer[name][mine.to(device)] for name in ("w13", "w2", "bias13", "bias2")}
         total = total + moe_ops.fused_experts(**layer | local, expert_map=expert_map.to(device)).float()
+    assert planned == [experts == 7] * 2
     assert_close(total, reference.fused_experts(**in_fp32(layer)), layer_tolerance(dtype))
 
 

@@ -18,7 +18,16 @@ from ops_configs.moe import MoeConfig, tile_rows
 from ops_patches import counters, library
 
 from .cases import UNIT_ROUNDOFF, assert_close
-from .test_moe_ops import FP32, SWIGLU, Case, in_fp32, make_layer, poisoned  # noqa: F401  (a fixture)
+from .test_moe_ops import (  # noqa: F401  (poisoned is a fixture)
+    FP32,
+    SWIGLU,
+    WITHOUT_PLAN,
+    Case,
+    in_fp32,
+    make_layer,
+    poisoned,
+    watch_plans,
+)
 
 inf, nan = float("inf"), float("nan")
 ACTIVATION_QUANTS = ("fp8_w8a8", "int8_w8a8")
@@ -173,6 +182,21 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, scheme, device, poisoned):  # noqa: F811
     check(make_quantised(case, scheme, torch.float16 if device == "cpu" else torch.bfloat16, device), device)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 blocks", "int8 blocks", "int8 weights, channel", "int8 weights, groups"])
+@pytest.mark.parametrize("case", WITHOUT_PLAN, ids=str)
+def test_cases_without_a_plan(monkeypatch, case, scheme, device, poisoned):  # noqa: F811
+    planned = watch_plans(monkeypatch)
+    check(make_quantised(case, scheme, torch.float16 if device == "cpu" else torch.bfloat16, device), device)
+    assert planned == [False]
+
+
+def test_scales_of_several_rows_have_a_plan(monkeypatch, device):
+    """What rows without expert hold must not count in them."""
+    planned = watch_plans(monkeypatch)
+    check(make_quantised(WITHOUT_PLAN[0], "fp8 tensor", torch.float16, device), device)
+    assert planned == [True]
 
 
 DIRECT_CASES = [

@@ -28,11 +28,11 @@ def layer(request, device) -> dict:
 
 def test_runs_each_launch_parameters_once(layer, monkeypatch):
     """Without a GPU warmup_layer compiles nothing: here goes what it runs on one."""
-    ran, run_planned = [], launches.run_planned
+    ran, run_tiles = [], launches.run_tiles
 
     def watched(*args, **options):
-        ran.append(args[6])
-        return run_planned(*args, **options)
+        ran.append(args[6:8])
+        return run_tiles(*args, **options)
 
     direct, run_direct = [], launches.run_direct
 
@@ -40,7 +40,7 @@ def test_runs_each_launch_parameters_once(layer, monkeypatch):
         direct.append(options["block_shape"])
         return run_direct(out, *args, **options)
 
-    monkeypatch.setattr(launches, "run_planned", watched)
+    monkeypatch.setattr(launches, "run_tiles", watched)
     monkeypatch.setattr(launches, "run_direct", watched_direct)
     options = {**moe_ops.fused_experts.__kwdefaults__, **layer}
     del options["out"]
@@ -51,7 +51,9 @@ def test_runs_each_launch_parameters_once(layer, monkeypatch):
     taken = options["quant"] is None or (options["quant"] == "fp8_w8a8" and options["block_shape"] is not None)
     assert direct == ([options["block_shape"]] if taken else [])
     assert len(ran) == len(set(ran)) >= 2
-    assert {config.gate_up.block_m for config in ran} >= {16, 64}
+    assert {config.gate_up.block_m for config, planned in ran if planned} >= {16, 64}
+    alone = options["quant"] in (None, "int8_w8a16") or options["block_shape"] is not None
+    assert {config.gate_up.block_m for config, planned in ran if not planned} == ({16} if alone else set())
 
 
 def test_nothing_compiles_afterwards(layer, device):
