@@ -4,7 +4,8 @@ vLLM reads    <VLLM_TUNED_CONFIG_FOLDER>/E=128,N=768,device_name=NVIDIA_H200[,dt
 SGLang reads  <SGLANG_MOE_CONFIG_DIR>/configs/triton_3_6_0/E=128,N=768,device_name=NVIDIA_H200[,dtype=..]
               [,block_shape=[128, 128]][,per_channel_quant=True][_down].json
 
-Both hold {"tokens": config} and take the entry of the nearest number of tokens. E: experts on this device; N: the
+Both hold {"tokens": config} and take the entry of the nearest number of tokens, however far: a file has an entry for
+each of `configs.moe.TOKENS`, the host's own config where nothing was measured. E: experts on this device; N: the
 intermediate size there. They differ: vLLM leaves the space out of block_shape, calls all of the H200 family
 NVIDIA_H200, and skips a "triton_version" among the entries, which stops SGLang. SGLang's folder replaces its bundled
 one, so those files are copied beside ours; its _down file is for the second half, and must have the other's
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ops_configs.files import replacing
+from ops_configs.moe import TOKENS
 from ops_configs.tuning import compile_pool, locked, submit, writable
 
 MARGIN = 0.03
@@ -70,10 +72,10 @@ def sglang_folder(folder: Path, triton_version: str) -> Path:
     return folder / "configs" / f"triton_{triton_version.replace('.', '_')}"
 
 
-def write_file(path: Path, entries: Mapping[int, Config]) -> None:
-    """Write a file of either host; entries of other numbers of tokens that it has stay."""
+def write_file(path: Path, entries: Mapping[int, Config], others: Mapping[int, Config] | None = None) -> None:
+    """Write a file of either host; entries of other numbers of tokens stay, `others` are for those that it has not."""
     with locked(path.parent):
-        entries = {**(read_file(path) if path.exists() else {}), **entries}
+        entries = {**(others or {}), **(read_file(path) if path.exists() else {}), **entries}
         with replacing(path) as part:
             part.write_text(json.dumps({str(tokens): entries[tokens] for tokens in sorted(entries)}, indent=4) + "\n")
 
@@ -396,7 +398,8 @@ def tune_case(host, timer: Timer, target, tokens: int, itemsize: int, default: P
 def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, console) -> None:
     """Sweep a host's fused MoE kernel on one GPU, and write its files; name: one of HOSTS, see `check`.
 
-    A number of tokens that fails ends it; what was measured before stands in the files.
+    A number of tokens that fails ends it; what was measured before stands in the files, and for the others what the
+    host runs there.
     """
     import torch
     from rich.progress import Progress
@@ -435,9 +438,15 @@ def write(name: str, folder: Path, sizes: Sizes, device: int, processes: int, co
 
 def write_entries(host, folder: Path, target, gpu: str, found: Mapping[int, Pair]) -> list[Path]:
     """Write the pairs of a layer, by number of tokens; a file for the second half only where one has its own config."""
+    pairs = {tokens: host.default(target, tokens) for tokens in TOKENS if tokens not in found} | dict(found)
+    first = {tokens: dict(pair[0]) for tokens, pair in pairs.items()}
     path, *down = host.paths(folder, target, gpu)
-    write_file(path, {tokens: dict(pair[0]) for tokens, pair in found.items()})
-    if not down or not any(pair[1] for pair in found.values()):
+    write_file(path, {tokens: first[tokens] for tokens in found}, first)
+    if not down or not any(pair[1] for pair in pairs.values()):
         return [path]
-    write_file(down[0], {tokens: dict(pair[1] or pair[0]) for tokens, pair in found.items()})
+    second = {}
+    for tokens, config in read_file(path).items():  # an entry that stayed has its tiles in the second half, too
+        ours = config == first.get(tokens)
+        second[tokens] = dict(pairs[tokens][1] or pairs[tokens][0]) if ours else config
+    write_file(down[0], {tokens: second[tokens] for tokens in found}, second)
     return [path, down[0]]

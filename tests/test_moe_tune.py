@@ -822,8 +822,9 @@ def test_what_was_measured_before_a_failure_is_written(monkeypatch, tmp_path):
             raise RuntimeError("out of memory")
         return hosts.pair_of(entries[tokens]), 1.0, 2.0
 
+    default = {"BLOCK_SIZE_M": 16}
     fake = SimpleNamespace(
-        default=lambda what, tokens: hosts.pair_of(entries[tokens]),
+        default=lambda what, tokens: hosts.pair_of(default),
         paths=lambda folder, what, gpu: [folder / "E=128.json"],
     )
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -835,7 +836,8 @@ def test_what_was_measured_before_a_failure_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(hosts, "tune_case", tune_case)
     with pytest.raises(RuntimeError, match="out of memory"):
         hosts.write("vllm", tmp_path, hosts.Sizes([Target(QWEN)], [1, 64, 1024]), 0, 1, tune.Console())
-    assert hosts.read_file(tmp_path / "E=128.json") == {tokens: entries[tokens] for tokens in (1, 64)}
+    others = dict.fromkeys(moe.TOKENS, default)
+    assert hosts.read_file(tmp_path / "E=128.json") == others | {tokens: entries[tokens] for tokens in (1, 64)}
 
 
 def test_a_file_of_a_host_is_read_and_replaced_under_a_lock(monkeypatch, tmp_path):
@@ -853,13 +855,19 @@ def test_what_the_hosts_have_no_file_for():
     assert hosts.dtype_name("sglang", target(QWEN, "int8_w8a8")) == "int8_w8a8"
 
 
+HOST_DEFAULT = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32}
+
+
 class FakeHost:
-    """Stands in for a host with its files: paths are SGLang's."""
+    """Stands in for a host with its files: paths are SGLang's. down: its own config of the second half, or None."""
 
     paths = hosts.Sglang.paths
 
-    def __init__(self, slow=()):
-        self.slow = slow
+    def __init__(self, down=None):
+        self.down = down
+
+    def default(self, what, tokens):
+        return hosts.pair_of(HOST_DEFAULT, self.down)
 
     def down_candidates(self, what, tokens, itemsize, best):
         return hosts.Sglang.down_candidates(self, what, tokens, itemsize, best)
@@ -906,10 +914,28 @@ def test_the_second_half_has_a_file_with_the_same_tiles(tmp_path):
     found = {tokens: hosts.pair_of(config, second.get(tokens)) for tokens, config in first.items()}
     paths = hosts.write_entries(FakeHost(), tmp_path, Target(QWEN), GPU, found)
     assert [path.name for path in paths] == [f"E=128,N=768,device_name=NVIDIA_H200{end}.json" for end in ("", "_down")]
-    assert hosts.read_file(paths[0]) == first
-    assert hosts.read_file(paths[1]) == {**first, **second}
+    others = dict.fromkeys(moe.TOKENS, HOST_DEFAULT)
+    assert hosts.read_file(paths[0]) == {**others, **first}
+    assert hosts.read_file(paths[1]) == {**others, **first, **second}
     del found[64]
     assert len(hosts.write_entries(FakeHost(), tmp_path / "b", Target(QWEN), GPU, found)) == 1
+
+
+def test_what_was_not_measured_runs_as_the_host_would(tmp_path):
+    """The host takes the nearest entry, however far: that of 16 tokens takes 4.4 times as long as its own at 4096."""
+    config = host_configs()[64]
+    found, down = {64: hosts.pair_of(config)}, {**HOST_DEFAULT, "USE_TMA": True}
+    path, second = hosts.write_entries(FakeHost(down), tmp_path, Target(QWEN), GPU, found)
+    assert hosts.read_file(path) == {**dict.fromkeys(moe.TOKENS, HOST_DEFAULT), 64: config}
+    assert hosts.read_file(second) == {**dict.fromkeys(moe.TOKENS, down), 64: config}
+
+
+def test_entries_of_a_host_that_stay_keep_their_tiles_in_both_halves(tmp_path):
+    stayed, path = {"BLOCK_SIZE_M": 128}, hosts.Sglang.paths(None, tmp_path, Target(QWEN), GPU)[0]
+    hosts.write_file(path, {64: stayed})
+    found = {1: hosts.pair_of(HOST_DEFAULT, {**HOST_DEFAULT, "USE_TMA": False})}
+    for written in hosts.write_entries(FakeHost(), tmp_path, Target(QWEN), GPU, found):
+        assert hosts.read_file(written)[64] == stayed
 
 
 def host_trees(host):
@@ -1022,7 +1048,7 @@ def test_sglang_reads_what_is_written_for_it(tmp_path, monkeypatch, tree):
         found = {tokens: hosts.pair_of(first[tokens], second[tokens]) for tokens in first}
         hosts.write_entries(FakeHost(), tmp_path / "out", what, GPU, found)
         shapes, name = hosts.weight_shapes(layer), hosts.dtype_name("sglang", what)
-        for tokens, nearest in {1: 1, 40: 64, 1000: 1024, 99999: 16384}.items():
+        for tokens, nearest in {1: 1, 70: 64, 1000: 1024, 99999: 16384}.items():
             cases.append([shapes, layer.top_k, name, tokens, layer.block_shape, hosts.per_channel(layer)])
             one_file = what.dtype in ("float16", "bfloat16")
             expected.append(None if one_file else [first[nearest], second[nearest]])
