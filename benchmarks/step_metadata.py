@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""CPU time of a step's LoRA metadata: vLLM's punica wrapper and ours, called as vLLM calls them before a decode step.
+"""CPU time of a step's LoRA metadata: update_metadata of vLLM's punica wrapper and of ours, for decode steps.
 
     python benchmarks/step_metadata.py                       # 1 to 256 requests over 32 adapters
     python benchmarks/step_metadata.py --requests 256 --adapters 8 --slots 128
 
-`changed`: other requests have other adapters in each step; `same`: those of the step before, as in most decode steps.
-Nothing waits for the GPU in between, as in a server. Needs a GPU and vLLM. Rows go to
-benchmarks/results/<GPU>/step_metadata.csv.
+`changed`: other requests have other adapters in each step; `same`: those of the step before, for which vLLM skips the
+call since its mapping is the same. Nothing waits for the GPU in between, as in a server. Needs a GPU and vLLM. Rows go
+to benchmarks/results/<GPU>/step_metadata.csv.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def step_us(wrapper, mappings: list, slot_to_adapter: list[int | None]) -> list[
     for step in range(WARM_UP + STEPS):
         mapping = mappings[step % len(mappings)]
         start = time.perf_counter()
-        wrapper.update_metadata(mapping, slot_to_adapter, len(slot_to_adapter), VOCABULARY)
+        wrapper.update_metadata(mapping, slot_to_adapter, len(slot_to_adapter) + 1, VOCABULARY)
         samples.append((time.perf_counter() - start) * 1e6)
         if step % 50 == 49:  # a server's steps take milliseconds: copies do not pile up
             torch.cuda.synchronize()

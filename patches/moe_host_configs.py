@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -117,11 +118,13 @@ def check(name: str, folder: Path, targets: list) -> None:
     """Look for what would end `write` before anything is measured.
 
     Raises:
-        ValueError: the host is not installed, has no file for such a layer, or cannot read what stands in the folder;
-            or the folder cannot be written.
+        ValueError: the host is not installed, reads other files than its own, has no file for such a layer, or cannot
+            read what stands in the folder; or the folder cannot be written.
     """
     if importlib.util.find_spec(name) is None:
         raise ValueError(f"--write-{name} measures {name}'s own kernel: {name} is not installed here")
+    if os.environ.get(variable := HOSTS[name].variable):
+        raise ValueError(f"{variable} is set: unset it, for what is not measured is to be {name}'s own config")
     for target in targets:
         dtype_name(name, target)
     writable(folder)
@@ -442,11 +445,13 @@ def write_entries(host, folder: Path, target, gpu: str, found: Mapping[int, Pair
     first = {tokens: dict(pair[0]) for tokens, pair in pairs.items()}
     path, *down = host.paths(folder, target, gpu)
     write_file(path, {tokens: first[tokens] for tokens in found}, first)
-    if not down or not any(pair[1] for pair in pairs.values()):
+    if not down or not (down[0].exists() or any(pair[1] for pair in pairs.values())):
         return [path]
+    before = read_file(down[0]) if down[0].exists() else {}
     second = {}
-    for tokens, config in read_file(path).items():  # an entry that stayed has its tiles in the second half, too
+    for tokens, config in read_file(path).items():  # the second half has the first one's tiles, whoever wrote it
+        stays = tokens not in found and before.get(tokens, {}).get("BLOCK_SIZE_M") == config["BLOCK_SIZE_M"]
         ours = config == first.get(tokens)
-        second[tokens] = dict(pairs[tokens][1] or pairs[tokens][0]) if ours else config
-    write_file(down[0], {tokens: second[tokens] for tokens in found}, second)
+        second[tokens] = before[tokens] if stays else dict(pairs[tokens][1] or pairs[tokens][0]) if ours else config
+    write_file(down[0], second)
     return [path, down[0]]

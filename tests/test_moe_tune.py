@@ -930,6 +930,27 @@ def test_what_was_not_measured_runs_as_the_host_would(tmp_path):
     assert hosts.read_file(second) == {**dict.fromkeys(moe.TOKENS, down), 64: config}
 
 
+def test_a_second_half_follows_the_tiles_of_a_later_run(tmp_path):
+    down, later = {**HOST_DEFAULT, "BLOCK_SIZE_M": 64, "USE_TMA": True}, {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64}
+    first = {64: hosts.pair_of({**HOST_DEFAULT, "BLOCK_SIZE_M": 64}, down), 1: hosts.pair_of(HOST_DEFAULT)}
+    hosts.write_entries(FakeHost(), tmp_path, Target(QWEN), GPU, first)
+    paths = hosts.write_entries(FakeHost(), tmp_path, Target(QWEN), GPU, {128: hosts.pair_of(later)})
+    one, two = map(hosts.read_file, paths)
+    assert (one[128], two[128], two[64]) == (later, later, down)
+    paths[0].unlink()
+    one, two = map(hosts.read_file, hosts.write_entries(FakeHost(), tmp_path, Target(QWEN), GPU, {1: first[1]}))
+    assert {tokens: config["BLOCK_SIZE_M"] for tokens, config in one.items()} == dict.fromkeys(moe.TOKENS, 16)
+    assert {tokens: config["BLOCK_SIZE_M"] for tokens, config in two.items()} == dict.fromkeys(moe.TOKENS, 16)
+
+
+@pytest.mark.parametrize("host", hosts.HOSTS)
+def test_files_of_an_earlier_run_are_no_host_s_own(monkeypatch, tmp_path, host):
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: "installed")
+    monkeypatch.setenv(hosts.HOSTS[host].variable, str(tmp_path))
+    with pytest.raises(ValueError, match=f"{hosts.HOSTS[host].variable} is set: unset it"):
+        hosts.check(host, tmp_path, [Target(QWEN)])
+
+
 def test_entries_of_a_host_that_stay_keep_their_tiles_in_both_halves(tmp_path):
     stayed, path = {"BLOCK_SIZE_M": 128}, hosts.Sglang.paths(None, tmp_path, Target(QWEN), GPU)[0]
     hosts.write_file(path, {64: stayed})
