@@ -450,8 +450,12 @@ def write_entries(host, folder: Path, target, gpu: str, found: Mapping[int, Pair
     before = read_file(down[0]) if down[0].exists() else {}
     second = {}
     for tokens, config in read_file(path).items():  # the second half has the first one's tiles, whoever wrote it
-        stays = tokens not in found and before.get(tokens, {}).get("BLOCK_SIZE_M") == config["BLOCK_SIZE_M"]
-        ours = config == first.get(tokens)
-        second[tokens] = before[tokens] if stays else dict(pairs[tokens][1] or pairs[tokens][0]) if ours else config
+        kept = before.get(tokens, {})
+        if tokens not in found and kept.get("BLOCK_SIZE_M") == config["BLOCK_SIZE_M"]:
+            second[tokens] = kept
+        elif config == first.get(tokens):
+            second[tokens] = dict(pairs[tokens][1] or config)
+        else:
+            second[tokens] = config
     write_file(down[0], second)
     return [path, down[0]]
