@@ -13,7 +13,7 @@ from ops_configs.lora import expand_config, shrink_config, tile_rows_for
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
 
-from .config import CHUNKS_BATCH, PLANES_BATCH, chunk_k, group_chunks
+from .config import CHUNKS_BATCH, PLANES_BATCH, SUMMED_PLANES, chunk_k, group_chunks
 from .plan import plan_layout, tile_count_bound
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
@@ -100,11 +100,12 @@ def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) ->
 def run_linear(
     y, x, lora_a, lora_b, scale: float, offset: int, add_inputs: bool, tiles, first=False, **options
 ) -> None:
-    """Shrink into planes, expand from them; on Hopper and later each kernel starts under the tail of the one before.
+    """Shrink into planes, expand from them or from their sum; on Hopper and later each kernel starts under the tail of
+    the one before.
 
     first: nothing of this stream comes before the shrink.
     """
-    from .kernels.shrink import shrink
+    from .kernels.shrink import shrink, sum_planes
 
     k, rank = x.shape[1], lora_a[0].shape[1]
     pdl = _supports_pdl(y.device)
@@ -114,6 +115,10 @@ def run_linear(
     config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
     shrink(x, lora_a, partial, tiles, scale, config, pdl=pdl, first=first)
     group = planes_of_group(k, rank, partial.shape[0])
+    if partial.shape[0] >= SUMMED_PLANES and rank > 32:
+        planes, partial = partial, torch.empty_like(partial[:1])
+        sum_planes(planes, partial[0], tiles, group=group, pdl=pdl)
+        group = 1
     run_expand(partial, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
 
 

@@ -150,12 +150,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 LORA = {"qkv": (4096, (4096, 1024, 1024)), "down": (14336, (4096,))}
 """K and the widths of slices, of Llama-3-8B."""
+LONG = {"long": (25600, (5120,))}
+"""Of Qwen3-32B: planes enough for a kernel of their own."""
 SLOTS = 8
 
 
 def lora_layer(layer: str, rank: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """y, x, lora_a, lora_b and h."""
-    k, widths = LORA[layer]
+    k, widths = (LORA | LONG)[layer]
     y, x = empty(rows, sum(widths), dtype=dtype), empty(rows, k, dtype=dtype)
     a = [empty(SLOTS, rank, k, dtype=dtype) for _ in widths]
     b = [empty(SLOTS, width, rank, dtype=dtype) for width in widths]
@@ -187,6 +189,17 @@ def test_lora(compiler, layer, rank, rows):
     check(kernels)
     linear = [kernel for kernel in kernels if kernel.constants.get("PDL")]
     assert {kernel.name for kernel in linear} == {"shrink_kernel", "expand_kernel"}
+    assert all("griddepcontrol.wait" in kernel.ptx for kernel in linear)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000])
+def test_lora_sums_planes(compiler, rows):
+    """Each of the three kernels waits for the one before it."""
+    with compiler.kernels() as kernels:
+        run_lora(lora_layer("long", 64, rows), plan_tiles(rows))
+    check(kernels)
+    linear = [kernel for kernel in kernels if kernel.constants.get("PDL")]
+    assert {kernel.name for kernel in linear} == {"shrink_kernel", "sum_planes_kernel", "expand_kernel"}
     assert all("griddepcontrol.wait" in kernel.ptx for kernel in linear)
 
 

@@ -23,6 +23,9 @@ from ..config import chunk_k, group_chunks
 from .launch import Tiles, slice_pointers
 from .tiles import load_tile, select_slice
 
+SUM_RANKS = 16
+"""Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
+
 
 @triton.jit
 def chunk_dot(
@@ -228,6 +231,7 @@ def sum_planes_kernel(
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tiles * S * ceil(R / BLOCK_R),), blocks of R fastest, then slices.
 
@@ -239,6 +243,9 @@ def sum_planes_kernel(
     slot, rows, live = load_tile(
         pid // (RANK_BLOCKS * SLICES), slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
     )
+    if PDL:  # the planes are complete, and what ran before them
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if slot == -2:
         return
     ranks = pid % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -249,11 +256,11 @@ def sum_planes_kernel(
     tl.store(out_ptr + (lora_slice.to(tl.int64) * num_rows + rows)[:, None] * RANK + ranks[None, :], total, mask=mask)
 
 
-def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: int = 1) -> None:
+def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: int = 1, pdl: bool = False) -> None:
     """out [S, M, R] = sum of planes [C, S, M, R], `group` of them making a group, for the rows of the tiles, in the
-    order in which expand adds them."""
+    order in which expand adds them. pdl: as `shrink` takes it."""
     num_planes, slices, num_rows, rank = planes.shape
-    block_r = min(triton.next_power_of_2(rank), 128)
+    block_r = min(triton.next_power_of_2(rank), SUM_RANKS)
     sum_planes_kernel[(tiles.count * slices * triton.cdiv(rank, block_r),)](
         planes,
         out,
@@ -267,6 +274,8 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
         TILES=tiles.mode,
         BLOCK_M=tiles.rows,
         BLOCK_R=block_r,
+        PDL=pdl,
+        launch_pdl=pdl,
     )
 
 
