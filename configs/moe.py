@@ -1,8 +1,8 @@
 """Launch parameters of the MoE kernels: tuned ones from files, and analytic defaults from the sizes of a layer.
 
-block_m is the tile of the routing plan: one value for both halves of a layer. A row's bits depend on block_m and
-block_k. Of the analytic defaults, block_k follows from block_m, the dtype and the layer, so that they are the same for
-all batches of one tile size; tuned ones may differ from bucket to bucket.
+block_m is the rows of a tile, with a routing plan or without: one value for both halves of a layer. A row's bits depend
+on block_m and block_k. Of the analytic defaults, block_k follows from block_m, the dtype and the layer, so that they
+are the same for all batches of one tile size; tuned ones may differ from bucket to bucket.
 
 Files are named grouped_gemm_config_<hidden>_<dtype>[_block<n>x<k>].json; dtype is float16, bfloat16, float32, fp8_w8a8,
 int8_w8a8 or int8_w8a16, block the scale blocks of quantised weights. fp16 runs bf16's entries where it has none.
@@ -59,8 +59,8 @@ PERMUTE_COLUMNS = 2048
 class MoeConfig:
     """Launch parameters of a grouped GEMM.
 
-    block_m: rows of a tile, as the plan has them; block_n: columns of a program, of gates and ups each; block_k:
-    elements of K a step; num_warps, num_stages: as Triton takes them; group_m: tiles that walk the columns together;
+    block_m: rows of a tile; block_n: columns of a program, of gates and ups each; block_k: elements of K a step;
+    num_warps, num_stages: as Triton takes them; group_m: tiles that walk the columns together;
     persistent (down only): one program a multiprocessor walks all tiles and fetches one while it stores another;
     stationary (down only): a program keeps the rows of its tile and walks the columns, for a short k;
     permute (gate_up only): rows are copied into the order of the plan first, so that a tile reads them as one block;
@@ -247,7 +247,7 @@ def moe_default(
     """Launch parameters of a grouped GEMM where no tuned ones are known.
 
     Args:
-        block_m: rows of the plan's tiles, one of TILE_ROWS.
+        block_m: rows of a tile, one of TILE_ROWS.
         tokens, experts, top_k: of the batch and the layer.
         n: columns of the output; k: columns of x.
         products: 2 when a program computes gates and ups, else 1.

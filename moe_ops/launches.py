@@ -6,7 +6,8 @@ else            plan -> [quantise or permute rows] -> gate_up with activation ->
 
 On compute capability 9.0 and later the products, the combine and the later launches of a plan are set up under the tail
 of the launch before them (PDL): every program waits for that launch before it touches any memory, and only then lets
-the next one start; of a few tokens, down waits so for gate_up before it reads h and writes out.
+the next one start; of a few tokens, down waits so for gate_up before it reads h and writes out. The first launch of a
+batch is never set up so, for what comes before it is not ours; nor is gate_up of a few choices, quantised or not.
 """
 
 from __future__ import annotations

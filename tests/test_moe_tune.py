@@ -1,6 +1,7 @@
 """The MoE tuner: layers of a model, candidates, sweeps, what is kept and written, the hosts' files, going on."""
 
 import csv
+import functools
 import importlib.metadata
 import json
 import math
@@ -17,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_ops import tune
+import moe_ops
+from moe_ops import launches, tune
 from moe_ops.tuning import candidates, measure, worker
 from moe_ops.tuning.layers import DTYPES, MODELS, Target, model_target, sharded, target
 from ops_configs import files, moe, store, tuning
@@ -530,11 +532,67 @@ def test_every_kernel_is_compiled_once():
         for half in candidates.HALVES
         for config in lists[half]
     }
-    assert {(half, config) for _, half, config in found} == wanted
+    assert {(half, config) for _, half, config, _ in found} == wanted
     start = moe.layer_default(QWEN, 64)
     again = set(worker.jobs(replace(unit, start=start), settings, files.MAX_SHARED_BYTES))
-    assert {config.block_n for _, half, config in again if half == "down"} == {start.down.block_n}
+    assert {config.block_n for _, half, config, _ in again if half == "down"} == {start.down.block_n}
     assert list(worker.jobs(unit, replace(settings, tune=False), files.MAX_SHARED_BYTES)) == []
+
+
+AHEAD = LAYERS | {
+    "mixtral": Target(MoeLayer(8, 2, 48, 40)),
+    "ep, without a plan": Target(MoeLayer(12, 2, 48, 40, global_experts=24)),
+    "odd": Target(MoeLayer(8, 2, 37, 21), "float16"),
+}
+
+
+@pytest.mark.parametrize("what", AHEAD.values(), ids=AHEAD)
+def test_what_is_measured_is_what_was_compiled(monkeypatch, what):
+    """With a plan or without, where kernels are made for the number of experts, and for how strides are aligned."""
+    settings, shared, launched = worker.Settings("uniform", 1, math.inf, 0), files.MAX_SHARED_BYTES, []
+
+    def run(hidden, *arguments, **keywords):
+        options = {**moe_ops.fused_experts.__kwdefaults__, **keywords}
+        del options["out"]
+        launches.run_layer(torch.empty_like(hidden), hidden, *arguments, **options)
+
+    def run_tiles(out, hidden, w13, w2, weights, ids, config, planned, *, expert_map, **_):
+        mapped = None if expert_map is None else expert_map.shape
+        strides = [stride % 16 for stride in w13.stride() + w2.stride()]
+        made_for = None if planned else (w13.shape, w2.shape, mapped, strides)
+        memory = sum(w.untyped_storage().nbytes() for w in (w13, w2))
+        launched.append((config, (planned, made_for), memory))
+
+    monkeypatch.setattr(candidates, "COUNT", 3)
+    monkeypatch.setattr(measure, "fused_experts", run)
+    monkeypatch.setattr(launches, "run_tiles", run_tiles)
+    monkeypatch.setattr(launches, "run_direct", lambda *args, **options: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    bench = measure.Bench(what, CPU, clock=False)
+    monkeypatch.setattr(measure, "Bench", functools.partial(on_cpu, measure.Bench))
+    worker._small.cache_clear()
+    plans = set()
+    for tokens in (1, 2, 4, 8, 64):
+        unit, batch = worker.Unit(what, tokens), bench.batch(tokens)
+        jobs = list(worker.jobs(unit, settings, shared))
+        assert bool(jobs) != moe.runs_direct(what.layer, tokens)
+        for job in jobs:
+            half, config = job[1:3]
+            launched.clear()
+            worker.compile_job(settings, 0, *job)
+            pair = moe.layer_default(what.layer, tokens, unit.itemsize, config.block_m)
+            with moe.pinned(replace(pair, **{half: config})):
+                batch.run(0)
+            (ahead, compiled, little), (then, measured, all_of_it) = launched
+            assert getattr(ahead, half) == getattr(then, half) == config
+            assert compiled == measured
+            assert little < all_of_it
+            plans.add(measured[0])
+    assert plans == ({True} if what.layer.quant == "int8_w8a8" or what == LAYERS["ep"] else {True, False})
+
+
+def on_cpu(bench, target, device, **keywords):
+    return bench(target, CPU, **keywords)
 
 
 class FakeGpu:
@@ -669,7 +727,7 @@ def test_a_gpu_that_cannot_be_had_fails_where_it_is_measured(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
-    worker.compile_job(None, 0, what, "gate_up", config)
+    worker.compile_job(None, 0, what, "gate_up", config, True)
     hosts._compile("vllm", what, 1, None, 0)
 
 

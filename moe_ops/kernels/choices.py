@@ -17,7 +17,7 @@ import triton.language as tl
 from ops_configs.moe import PLANLESS_CHOICES
 
 from ..routing import RoutingPlan
-from .routing import load_experts
+from .routing import expert_constants, load_experts
 
 
 @triton.jit
@@ -60,6 +60,55 @@ def tile_from(
     return expert, tl.minimum(tl.sum(same, 0), BLOCK_M), tl.sum(tl.where(here, others[None, :], 0), 1)
 
 
+@triton.jit
+def most_rows(
+    tile,
+    tile_sizes_ptr,  # int32 [T] of a plan, or None
+    ids_ptr,  # [C] without a plan
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Rows of a tile, at most, 0 where it is none: without a plan tiles are choices, and only some begin one."""
+    if tile_sizes_ptr is None:
+        begins = begins_tile(tile, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M)
+        return tl.where(begins, BLOCK_M, 0)
+    else:
+        return tl.load(tile_sizes_ptr + tile)
+
+
+@triton.jit
+def tile_rows(
+    tile,
+    tile_experts_ptr,  # int32 [T] of a plan, or None
+    tile_starts_ptr,  # int32 [T]
+    tile_sizes_ptr,  # int32 [T]
+    ids_ptr,  # [C] without a plan
+    expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    num_tiles,
+    EXPERTS: tl.constexpr,
+    GLOBAL_EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(expert, size, first row, rows [BLOCK_M], live [BLOCK_M]) of a tile; without a plan rows are choices."""
+    if tile_experts_ptr is None:
+        expert, size, rows = tile_from(
+            tile, ids_ptr, expert_map_ptr, num_tiles, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M
+        )
+        m = tl.arange(0, BLOCK_M)
+        first_row = 0
+    else:
+        expert = tl.load(tile_experts_ptr + tile)
+        m = tl.arange(0, BLOCK_M)
+        first_row = tl.load(tile_starts_ptr + tile)
+        size = tl.load(tile_sizes_ptr + tile)
+        rows = first_row + m
+    return expert, size, first_row, rows, m < size
+
+
 @dataclass(frozen=True)
 class Choices:
     """The experts of a few tokens, in place of a plan.
@@ -82,10 +131,7 @@ class Choices:
     @property
     def constants(self) -> dict[str, int]:
         """Constants of the kernels that look experts up by themselves."""
-        return {
-            "EXPERTS": self.experts,
-            "GLOBAL_EXPERTS": 0 if self.expert_map is None else self.expert_map.shape[0],
-        }
+        return expert_constants(self.experts, self.expert_map)
 
     @property
     def padded(self) -> int:

@@ -19,7 +19,7 @@ from ops_configs.moe import DIRECT_BLOCK_K, DIRECT_ELEMENTS
 
 from .chunks import down_of_chunks, gate_up_of_chunks
 from .gate_up import gated, pointwise, split_gate_up
-from .routing import load_experts
+from .routing import expert_constants, load_experts
 from .tiles import UNALIGNED, bias_operand, row_stride, w_scale_arguments
 
 GATE_UP_COLUMNS, DOWN_COLUMNS = 4, 2
@@ -284,8 +284,7 @@ def fused_experts_direct(
     second |= w_scale_arguments(w2_scale, block_shape, second["BLOCK_N"])
     constants = {
         "TOP_K": top_k,
-        "EXPERTS": experts,
-        "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
+        **expert_constants(experts, expert_map),
         "POWER_OF_TWO": power_of_two_scales,
         "PDL": pdl,
         "num_warps": 2,

@@ -1,4 +1,4 @@
-"""First half of the experts: out[row] = act(w13[expert of row] @ x[token of row] + bias13), in expert-sorted order.
+"""First half of the experts: out[row] = act(w13[expert of row] @ x[token of row] + bias13).
 
 tile of rows of one expert -> gathered tokens x gate block, x up block -> activation -> one block of columns
 
@@ -6,7 +6,7 @@ Shapes: x [M, K], or [C, K] in row order; w13 [E, 2N, K], of which gate and up a
 every other row; out [C, N]. All of one dtype, or x and w13 quantised, each with its scales (tiles.py). Both products
 accumulate in fp32 (int8: int32) and the activation is applied to them before the one rounding, so that the [C, 2N]
 between them exists nowhere; out may be quantised too, with a scale for each group of columns. Arrays of the plan as in
-routing.py.
+routing.py; without one rows are choices (choices.py).
 
 From tiles of 64 rows on, where TMA reads w13, in the dtype of x and without scales of blocks, the gates of a program's
 columns and their ups are one block of w13, and one product of twice the columns (JOINED): two would fetch each block
@@ -26,7 +26,7 @@ from ops_configs.moe import MoeConfig
 
 from ..reference import LIMITS
 from ..routing import RoutingPlan
-from .choices import Choices, begins_tile, tile_arguments, tile_from
+from .choices import Choices, most_rows, tile_arguments, tile_rows
 from .quantize import magnitude, quantized, scale_of
 from .tiles import (
     UNALIGNED,
@@ -138,19 +138,19 @@ def gate_up_tile(
     BLOCK_K: tl.constexpr,
 ):
     """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
-    if tile_experts_ptr is None:
-        expert, size, rows = tile_from(
-            tile, ids_ptr, expert_map_ptr, num_tiles, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M
-        )
-        m = tl.arange(0, BLOCK_M)
-        first_row = 0
-    else:
-        expert = tl.load(tile_experts_ptr + tile)
-        m = tl.arange(0, BLOCK_M)
-        first_row = tl.load(tile_starts_ptr + tile)
-        size = tl.load(tile_sizes_ptr + tile)
-        rows = first_row + m
-    live = m < size
+    expert, size, first_row, rows, live = tile_rows(
+        tile,
+        tile_experts_ptr,
+        tile_starts_ptr,
+        tile_sizes_ptr,
+        ids_ptr,
+        expert_map_ptr,
+        num_tiles,
+        EXPERTS,
+        GLOBAL_EXPERTS,
+        CHOICES,
+        BLOCK_M,
+    )
     choices = rows if choices_ptr is None else tl.load(choices_ptr + rows, mask=live, other=0)
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -300,7 +300,7 @@ def gate_up_kernel(
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
 
-    Without a plan num_tiles is the number of choices, most of which no tile begins with, and rows are choices.
+    Without a plan num_tiles is the number of choices, of which some begin no tile, and rows are choices.
 
     Rows without expert are in no tile and stay as they are. The routed weight multiplies the products: that is the
     same as multiplying x. Quantised out is what `quantize` makes of an out of dtype ROUND_TO: BLOCK_N is a multiple of
@@ -310,14 +310,9 @@ def gate_up_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile, block = tile_of(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    if tile_sizes_ptr is None:
-        if not begins_tile(tile, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M):
-            return
-        size = BLOCK_M
-    else:
-        size = tl.load(tile_sizes_ptr + tile)
-        if size == 0:
-            return
+    size = most_rows(tile, tile_sizes_ptr, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M)
+    if size == 0:
+        return
     if BLOCK_M == 128:
         if size <= BLOCK_M // 2:
             gate_up_tile(
@@ -488,7 +483,7 @@ def gate_up(
         power_of_two_scales: they are rounded up to powers of two.
         round_to: fp16, bf16 or fp32, which the activation is rounded to before out is quantised.
         gather: x has a row for each token, not for each row of the plan.
-        pdl: start under the tail of the launch before, and let the next one do so.
+        pdl: start under the tail of the launch before, if there is a plan, and let the next one do so.
     """
     gate, up = split_gate_up(w13, interleaved) if gated else (w13, w13)
     gate_bias, up_bias = (bias13, None) if bias13 is None or not gated else split_gate_up(bias13, interleaved)

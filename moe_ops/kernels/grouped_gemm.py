@@ -5,7 +5,7 @@ short rows                 -> the rows stay, blocks of the weight pass by -> all
 
 Shapes: x [C, K] in row order, or [M, K] gathered by token; w [E, N, K] of the same dtype, or quantised, each with its
 scales (tiles.py); out [C, N]. The product accumulates in fp32, that of int8 in int32, and is rounded once, after
-scales, bias and routed weight. Arrays of the plan as in routing.py.
+scales, bias and routed weight. Arrays of the plan as in routing.py; without one rows are choices (choices.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 from ops_configs.moe import MoeConfig, stationary_fits
 
 from ..routing import RoutingPlan
-from .choices import Choices, begins_tile, tile_arguments, tile_from
+from .choices import Choices, most_rows, tile_arguments, tile_rows
 from .tiles import (
     UNALIGNED,
     add_product,
@@ -90,19 +90,19 @@ def grouped_tile(
     BLOCK_K: tl.constexpr,
 ):
     """out[first BLOCK_M rows of a tile, BLOCK_N columns from `column` on]; arguments are the kernel's."""
-    if tile_experts_ptr is None:
-        expert, size, rows = tile_from(
-            tile, ids_ptr, expert_map_ptr, num_tiles, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M
-        )
-        m = tl.arange(0, BLOCK_M)
-        first_row = 0
-    else:
-        expert = tl.load(tile_experts_ptr + tile)
-        m = tl.arange(0, BLOCK_M)
-        first_row = tl.load(tile_starts_ptr + tile)
-        size = tl.load(tile_sizes_ptr + tile)
-        rows = first_row + m
-    live = m < size
+    expert, size, first_row, rows, live = tile_rows(
+        tile,
+        tile_experts_ptr,
+        tile_starts_ptr,
+        tile_sizes_ptr,
+        ids_ptr,
+        expert_map_ptr,
+        num_tiles,
+        EXPERTS,
+        GLOBAL_EXPERTS,
+        CHOICES,
+        BLOCK_M,
+    )
     columns = column + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
 
@@ -182,7 +182,7 @@ def grouped_gemm_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
-    Without a plan num_tiles is the number of choices, most of which no tile begins with, and rows are choices.
+    Without a plan num_tiles is the number of choices, of which some begin no tile, and rows are choices.
     PERSISTENT, grid: (programs,). A program owns every programs-th of these, and fetches one while it stores another.
 
     Rows without expert are in no tile and stay as they are. Through TMA a tile also reads the rows that follow it:
@@ -240,14 +240,9 @@ def grouped_gemm_kernel(
             )
     else:
         tile, block = tile_of(tl.program_id(0), num_tiles, BLOCKS, GROUP_M)
-        if tile_sizes_ptr is None:
-            if not begins_tile(tile, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M):
-                return
-            size = BLOCK_M
-        else:
-            size = tl.load(tile_sizes_ptr + tile)
-            if size == 0:
-                return
+        size = most_rows(tile, tile_sizes_ptr, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M)
+        if size == 0:
+            return
         if BLOCK_M == 128:
             if size <= BLOCK_M // 2:
                 grouped_tile(

@@ -34,6 +34,11 @@ def load_experts(ids_ptr, expert_map_ptr, choices, mask, EXPERTS: tl.constexpr, 
     return tl.where((ids >= 0) & (ids < EXPERTS), ids, EXPERTS).to(tl.int32)
 
 
+def expert_constants(experts: int, expert_map: torch.Tensor | None) -> dict[str, int]:
+    """What `load_experts` is compiled for: experts on this device, and entries of the map, 0 without one."""
+    return {"EXPERTS": experts, "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0]}
+
+
 @triton.jit(do_not_specialize=["num_choices"], do_not_specialize_on_alignment=UNALIGNED)
 def count_kernel(
     ids_ptr,  # [C]
@@ -190,8 +195,7 @@ def routing_plan(
     chunk = next((chunk for chunk in lone_chunks(bins) if num_choices <= chunk), CHUNK)
     num_chunks = triton.cdiv(num_choices, chunk)
     constants = {
-        "EXPERTS": num_experts,
-        "GLOBAL_EXPERTS": 0 if expert_map is None else expert_map.shape[0],
+        **expert_constants(num_experts, expert_map),
         "BINS": bins,
         "CHUNK": chunk,
     }

@@ -1,4 +1,4 @@
-"""Measurement of a MoE layer: plan, both halves and combine as `fused_experts` launches them, in CUDA graphs, cold."""
+"""Measurement of a MoE layer: all that `fused_experts` launches for a batch, in CUDA graphs, cold."""
 
 from __future__ import annotations
 
@@ -55,11 +55,14 @@ class Bench:
         target: layer and dtype.
         device, seed: of all data.
         clock: False where nothing is timed.
+        overlapping: experts share most of their memory, where kernels run and nobody looks at what they make.
     """
 
-    def __init__(self, target: Target, device: torch.device, seed: int = 0, clock: bool = True) -> None:
+    def __init__(
+        self, target: Target, device: torch.device, seed: int = 0, clock: bool = True, overlapping: bool = False
+    ) -> None:
         self.target, self.layer, self.device = target, target.layer, device
-        self.dtype = getattr(torch, target.hidden_dtype)
+        self.dtype, self.overlapping = getattr(torch, target.hidden_dtype), overlapping
         self.generator = torch.Generator(device).manual_seed(seed)
         layer = target.layer
         rows, itemsize = layer.products * layer.intermediate, 1 if layer.quant else self.dtype.itemsize
@@ -76,10 +79,15 @@ class Bench:
     def _weight(self, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer, count = self.layer, self.copies * self.layer.experts
         dtype = {None: self.dtype, "fp8_w8a8": torch.float8_e4m3fn}.get(layer.quant, torch.int8)
-        weight = torch.empty(count, n, k, dtype=dtype, device=self.device)
-        for expert in weight:  # one after another: fp32 numbers of all would take four times the memory
-            values = torch.randn(n, k, generator=self.generator, device=self.device)
-            expert.copy_(values * k**-0.5 if layer.quant is None else (values * 32).clamp_(-127, 127))
+        if self.overlapping:
+            rows = min(n, 16 + n % 16)  # from expert to expert: as aligned as n rows, which kernels are compiled for
+            memory = torch.zeros(((count - 1) * rows + n) * k, dtype=dtype, device=self.device)
+            weight = memory.as_strided((count, n, k), (rows * k, k, 1))
+        else:
+            weight = torch.empty(count, n, k, dtype=dtype, device=self.device)
+            for expert in weight:  # one after another: fp32 numbers of all would take four times the memory
+                values = torch.randn(n, k, generator=self.generator, device=self.device)
+                expert.copy_(values * k**-0.5 if layer.quant is None else (values * 32).clamp_(-127, 127))
         if layer.quant is None:
             return weight, None
         blocks = layer.block_shape

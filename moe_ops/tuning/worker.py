@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from ops_configs.moe import DIRECT_TOKENS, LayerConfig, MoeConfig, layer_default, runs_direct
+from ops_configs.moe import LayerConfig, MoeConfig, layer_default, runs_direct, runs_without_plan
 from ops_configs.tuning import Steps, most_shared
 
 from .candidates import HALVES, Half, block_ms, candidates, neighbours
@@ -86,9 +87,16 @@ def kept(record: dict) -> bool:
     )
 
 
-def jobs(unit: Unit, settings: Settings, shared: int) -> Iterator[tuple[Target, Half, MoeConfig]]:
-    """Kernels to compile for a unit."""
-    if not settings.tune:
+def _with_half(target: Target, half: Half, config: MoeConfig, shared: int) -> LayerConfig:
+    """A half's config, beside the default of the other one for such tiles."""
+    default = layer_default(target.layer, 1, Unit(target, 1).itemsize, config.block_m, shared)
+    return replace(default, **{half: config})
+
+
+def jobs(unit: Unit, settings: Settings, shared: int) -> Iterator[tuple[Target, Half, MoeConfig, bool]]:
+    """Kernels to compile for a unit, with or without a plan; none where it runs choice by choice."""
+    layer = unit.target.layer
+    if not settings.tune or runs_direct(layer, unit.tokens):
         return
     for half in HALVES:
         if unit.start:
@@ -96,32 +104,37 @@ def jobs(unit: Unit, settings: Settings, shared: int) -> Iterator[tuple[Target, 
         else:
             found = [config for lists in unit.candidates(shared).values() for config in lists[half]]
         for config in found:
-            yield unit.target, half, config
+            planned = not runs_without_plan(layer, _with_half(unit.target, half, config, shared), unit.tokens)
+            yield unit.target, half, config, planned
 
 
-@functools.lru_cache(1)
-def _small(target: Target, device: int):
-    """The smallest batch that has a plan, over as few experts as it takes: its kernels are those of all batches."""
+@functools.lru_cache(2)
+def _small(target: Target, device: int, planned: bool):
+    """A bench of little memory: over few experts, or without a plan, whose kernels are made for their number, all."""
     import torch
 
     from .measure import Bench
 
-    layer = replace(target.layer, experts=target.layer.top_k, global_experts=None)
-    return Bench(replace(target, layer=layer), torch.device("cuda", device), clock=False).batch(DIRECT_TOKENS + 1)
+    if planned:
+        target = replace(target, layer=replace(target.layer, experts=target.layer.top_k, global_experts=None))
+    return Bench(target, torch.device("cuda", device), clock=False, overlapping=not planned)
 
 
-def compile_job(settings: Settings, device: int, target: Target, half: Half, config: MoeConfig) -> None:
-    """Compile one kernel, in a process of the pool, by running it on next to nothing."""
+def compile_job(settings: Settings, device: int, target: Target, half: Half, config: MoeConfig, planned: bool) -> None:
+    """Compile one kernel, in a process of the pool, by running it on next to nothing: the smallest batch that does."""
     import torch
 
     from ops_configs.moe import pinned
 
     with contextlib.suppress(Exception):
         torch.cuda.set_device(device)
-        batch = _small(target, device)
-        itemsize = target.layer.itemsize(batch.bench.dtype)
-        default = layer_default(target.layer, 1, itemsize, config.block_m, most_shared(device))
-        with pinned(replace(default, **{half: config})):
+        bench, pair = _small(target, device, planned), _with_half(target, half, config, most_shared(device))
+        batch = next(
+            bench.batch(tokens)
+            for tokens in itertools.count(1)
+            if not runs_direct(bench.layer, tokens) and runs_without_plan(bench.layer, pair, tokens) != planned
+        )
+        with pinned(pair):
             batch.run(0)
 
 
