@@ -15,7 +15,7 @@ MAX_GROUPS = 4
 """Groups that the chunks of K make at most, from rank 33 on."""
 
 SUMMED_PLANES = 16
-"""From this many planes of more than 32 ranks on, a kernel of its own adds them up between shrink and expand.
+"""From this many planes on, where they make groups, a kernel of its own adds them up between shrink and expand.
 
 Below, each program of the expand does. Measured on an H100, K = 25600 (25 planes), rank 64: 256 tokens of one adapter
 27.5 -> 18.6 us, of 64 adapters 115.3 -> 100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0.

@@ -115,7 +115,7 @@ def run_linear(
     config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
     shrink(x, lora_a, partial, tiles, scale, config, pdl=pdl, first=first)
     group = planes_of_group(k, rank, partial.shape[0])
-    if partial.shape[0] >= SUMMED_PLANES and rank > 32:
+    if partial.shape[0] >= SUMMED_PLANES and group > 1:
         planes, partial = partial, torch.empty_like(partial[:1])
         sum_planes(planes, partial[0], tiles, group=group, pdl=pdl)
         group = 1

@@ -148,16 +148,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-LORA = {"qkv": (4096, (4096, 1024, 1024)), "down": (14336, (4096,))}
-"""K and the widths of slices, of Llama-3-8B."""
-LONG = {"long": (25600, (5120,))}
-"""Of Qwen3-32B: planes enough for a kernel of their own."""
+LORA = {"qkv": (4096, (4096, 1024, 1024)), "down": (14336, (4096,)), "long": (25600, (5120,))}
+"""K and the widths of slices, of Llama-3-8B; long is down of Qwen3-32B: planes enough for a kernel of their own."""
 SLOTS = 8
 
 
 def lora_layer(layer: str, rank: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """y, x, lora_a, lora_b and h."""
-    k, widths = (LORA | LONG)[layer]
+    k, widths = LORA[layer]
     y, x = empty(rows, sum(widths), dtype=dtype), empty(rows, k, dtype=dtype)
     a = [empty(SLOTS, rank, k, dtype=dtype) for _ in widths]
     b = [empty(SLOTS, width, rank, dtype=dtype) for width in widths]
@@ -179,28 +177,27 @@ def run_lora(tensors: tuple, tiles) -> None:
     lora_ops.launches.run_add(y, empty(*y.shape, dtype=y.dtype), tiles)
 
 
-@pytest.mark.parametrize("rows", [1, 64, 1000, 2000, 9000])
-@pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("layer", LORA)
-def test_lora(compiler, layer, rank, rows):
-    """Batches of tiles of 16 rows, and of 64; planes of chunks of K, of groups of chunks (2000), and none (9000)."""
+def check_linear(compiler, layer: str, rank: int, rows: int, names: set[str]) -> None:
+    """All launches of a batch compile; those of run_linear are `names`, each of which waits for the one before it."""
     with compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
     check(kernels)
     linear = [kernel for kernel in kernels if kernel.constants.get("PDL")]
-    assert {kernel.name for kernel in linear} == {"shrink_kernel", "expand_kernel"}
+    assert {kernel.name for kernel in linear} == names
     assert all("griddepcontrol.wait" in kernel.ptx for kernel in linear)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000, 2000, 9000])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("layer", ["qkv", "down"])
+def test_lora(compiler, layer, rank, rows):
+    """Batches of tiles of 16 rows, and of 64; planes of chunks of K, of groups of chunks (2000), and none (9000)."""
+    check_linear(compiler, layer, rank, rows, {"shrink_kernel", "expand_kernel"})
 
 
 @pytest.mark.parametrize("rows", [1, 64, 1000])
 def test_lora_sums_planes(compiler, rows):
-    """Each of the three kernels waits for the one before it."""
-    with compiler.kernels() as kernels:
-        run_lora(lora_layer("long", 64, rows), plan_tiles(rows))
-    check(kernels)
-    linear = [kernel for kernel in kernels if kernel.constants.get("PDL")]
-    assert {kernel.name for kernel in linear} == {"shrink_kernel", "sum_planes_kernel", "expand_kernel"}
-    assert all("griddepcontrol.wait" in kernel.ptx for kernel in linear)
+    check_linear(compiler, "long", 64, rows, {"shrink_kernel", "sum_planes_kernel", "expand_kernel"})
 
 
 def test_lora_beside(compiler):
