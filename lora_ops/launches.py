@@ -151,7 +151,7 @@ def run_plan(
     kernels: Callable, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
 ) -> None:
     """Run `kernels(tiles)` over the tiles of a plan, for a batch of num_rows rows."""
-    kernels(plan_tiles(arena, layout, num_rows, int(counts[0])))
+    kernels(plan_tiles(arena, layout, num_rows, counts.tolist()[0]))
 
 
 @functools.cache

@@ -48,6 +48,11 @@ def _plan_slots(arena: torch.Tensor, counts: torch.Tensor, layout_args: Sequence
     return _Slots(plan_layout(*layout_args).section(arena, "token_slots")[: int(counts[0])])
 
 
+def _num_active(counts: torch.Tensor) -> int:
+    """Adapters that the step uses. counts[1] would be a tensor, which takes as long to make as a launch."""
+    return counts.tolist()[1]
+
+
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
     """What a kernel is compiled for: device, and dtype, columns and strides of each tensor."""
     return (name, tensors[0].device, *((t.dtype, t.shape[1:], t.stride()) for t in tensors))
@@ -101,7 +106,7 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
     checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
     checks.window(op, y, offset, sum(b.shape[1] for b in weights))
     checks.plan_fits(op, weights[0], layout, arena)
-    if y.shape[0] == 0 or (add_inputs and counts[1] == 0):
+    if y.shape[0] == 0 or (add_inputs and _num_active(counts) == 0):
         return
     if not uses_kernels(weights[0]):
         reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
@@ -159,13 +164,13 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
         return
     for kernels, layer in _linear_groups(op, y, x, a, b, scale, offset, add_inputs):
         compile_plan(kernels, layer, arena, layout, batches)
-        if x.shape[0] > 0 and not (add_inputs and counts[1] == 0):
+        if x.shape[0] > 0 and not (add_inputs and _num_active(counts) == 0):
             run_plan(kernels, arena, counts, layout, x.shape[0])
 
 
 def _fits_beside(num_rows: int, counts: torch.Tensor) -> bool:
     """Whether a batch's LoRA part runs beside the layer itself: the batch is small, and an adapter is in use."""
-    return 0 < num_rows <= SMALL_BATCH and int(counts[1]) > 0
+    return 0 < num_rows <= SMALL_BATCH and _num_active(counts) > 0
 
 
 @_register(f"lora_delta(Tensor(a!) delta, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)")

@@ -28,6 +28,15 @@ from ops_configs.moe import (
 )
 from ops_configs.store import register_kernels
 
+from .kernels.choices import Choices
+from .kernels.combine import combine
+from .kernels.direct import fused_experts_direct
+from .kernels.gate_up import gate_up
+from .kernels.grouped_gemm import grouped_gemm
+from .kernels.permute import permute
+from .kernels.quantize import group_scales, quantize
+from .kernels.routing import lone_chunks, num_bins, routing_plan
+
 register_kernels("moe_ops", Path(__file__).parent / "kernels")
 
 OTHER_QUANTISATIONS = ("quant", "a1_scale", "a2_scale", "per_token")
@@ -65,8 +74,6 @@ def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, global_experts
 
 def run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
     """The layer, unquantised or in block fp8, choice by choice."""
-    from .kernels.direct import fused_experts_direct
-
     pdl = _supports_pdl(hidden.device)
     options = {name: value for name, value in options.items() if name not in OTHER_QUANTISATIONS}
     fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
@@ -97,14 +104,6 @@ def run_tiles(
     **activation,
 ) -> None:
     """The layer, in tiles of rows of one expert; planned: see `runs_without_plan`."""
-    from .kernels.choices import Choices
-    from .kernels.combine import combine
-    from .kernels.gate_up import gate_up
-    from .kernels.grouped_gemm import grouped_gemm
-    from .kernels.permute import permute
-    from .kernels.quantize import group_scales, quantize
-    from .kernels.routing import routing_plan
-
     experts, width, inner = w2.shape
     choices = topk_ids.numel()
     pdl = _supports_pdl(hidden.device)
@@ -155,8 +154,6 @@ def run_tiles(
 
 def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:
     """Compile all kernels that any batch of the layer runs, by running one token with each of its launch parameters."""
-    from .kernels.routing import lone_chunks, num_bins, routing_plan
-
     top_k, expert_map = topk_ids.shape[1], options["expert_map"]
     arguments = (torch.empty_like(hidden), hidden, w13, w2, topk_weights, topk_ids)
     layer = layer_of(w2, top_k, global_experts=global_experts, **options)

@@ -31,6 +31,7 @@ import moe_ops.launches
 from moe_ops.reference import QUANTS
 from ops_configs import files, moe, store
 from ops_configs.moe import LayerConfig, MoeConfig
+from ops_patches.launch import Prepared
 from ops_patches.library import INTERPRET
 
 from .conftest import GPU
@@ -125,6 +126,7 @@ def compiler():
         patch.setenv("TRITON_CACHE_DIR", folder)
         patch.setattr(driver, "_active", stand_in)
         patch.setattr(JITFunction, "run", lambda *args, **kwargs: compiler.run(*args, **kwargs))
+        patch.setattr(Prepared, "__call__", Prepared.through_triton)
         for launches in (lora_ops.launches, moe_ops.launches):
             patch.setattr(launches, "_supports_pdl", lambda device: True)
         yield compiler

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_patches.launch import cdiv, prepared
+
 from .launch import Tiles
 from .tiles import load_tile
 
@@ -56,7 +58,15 @@ def add_kernel(
 def add(y: torch.Tensor, delta: torch.Tensor, tiles: Tiles) -> None:
     """Launch the sum: y [M, N] += delta [at least M, N], last dimensions contiguous, for the rows of the tiles."""
     num_rows, n = y.shape
-    add_kernel[(tiles.count * triton.cdiv(n, BLOCK_N),)](
+    launch = prepared(
+        add_kernel,
+        N=n,
+        TILES=tiles.mode,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=BLOCK_N,
+    )
+    launch(
+        (tiles.count * cdiv(n, BLOCK_N),),
         y,
         delta,
         *tiles.pointers,
@@ -64,8 +74,4 @@ def add(y: torch.Tensor, delta: torch.Tensor, tiles: Tiles) -> None:
         num_rows,
         y.stride(0),
         delta.stride(0),
-        N=n,
-        TILES=tiles.mode,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=BLOCK_N,
     )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.lora import ExpandConfig
+from ops_patches.launch import cdiv, prepared
 
 from .launch import Tiles, slice_pointers
 from .shrink import sum_h
@@ -176,15 +177,9 @@ def expand(
     planes, slices, num_rows, rank = h.shape
     widths = [b.shape[1] for b in lora_b] + [0] * (3 - slices)
     slot_strides = [b.stride(0) for b in lora_b] + [0] * (3 - slices)
-    runs = sum(triton.cdiv(width, config.steps * config.block_n) for width in widths)
-    expand_kernel[(tiles.count * runs,)](
-        h,
-        *slice_pointers(lora_b),
-        y,
-        *tiles.pointers,
-        tiles.per_segment,
-        num_rows,
-        y.stride(0),
+    runs = sum([cdiv(width, config.steps * config.block_n) for width in widths])
+    launch = prepared(
+        expand_kernel,
         RANK=rank,
         SLICES=slices,
         N0=widths[0],
@@ -208,4 +203,14 @@ def expand(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl,
+    )
+    launch(
+        (tiles.count * runs,),
+        h,
+        *slice_pointers(lora_b),
+        y,
+        *tiles.pointers,
+        tiles.per_segment,
+        num_rows,
+        y.stride(0),
     )

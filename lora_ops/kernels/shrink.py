@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.lora import ShrinkConfig
+from ops_patches.launch import cdiv, power_of_two, prepared
 
 from ..config import chunk_k, group_chunks
 from .launch import Tiles, slice_pointers
@@ -260,13 +261,9 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
     """out [S, M, R] = sum of planes [C, S, M, R], `group` of them making a group, for the rows of the tiles, in the
     order in which expand adds them. pdl: as `shrink` takes it."""
     num_planes, slices, num_rows, rank = planes.shape
-    block_r = min(triton.next_power_of_2(rank), SUM_RANKS)
-    sum_planes_kernel[(tiles.count * slices * triton.cdiv(rank, block_r),)](
-        planes,
-        out,
-        *tiles.pointers,
-        tiles.per_segment,
-        num_rows,
+    block_r = min(power_of_two(rank), SUM_RANKS)
+    launch = prepared(
+        sum_planes_kernel,
         RANK=rank,
         SLICES=slices,
         PLANES=num_planes,
@@ -277,6 +274,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
         PDL=pdl,
         launch_pdl=pdl,
     )
+    launch((tiles.count * slices * cdiv(rank, block_r),), planes, out, *tiles.pointers, tiles.per_segment, num_rows)
 
 
 def shrink(
@@ -304,16 +302,9 @@ def shrink(
     planes, slices, num_rows, rank = out.shape
     k = x.shape[1]
     weight = lora_a[0]
-    grid = (tiles.count * planes * triton.cdiv(slices * rank, config.block_n),)
-    shrink_kernel[grid](
-        x,
-        *slice_pointers(lora_a),
-        out,
-        *tiles.pointers,
-        tiles.per_segment,
-        num_rows,
-        x.stride(0),
-        scale,
+    grid = (tiles.count * planes * cdiv(slices * rank, config.block_n),)
+    launch = prepared(
+        shrink_kernel,
         K=k,
         RANK=rank,
         SLICES=slices,
@@ -331,3 +322,4 @@ def shrink(
         num_stages=config.num_stages,
         launch_pdl=pdl and not first,
     )
+    launch(grid, x, *slice_pointers(lora_a), out, *tiles.pointers, tiles.per_segment, num_rows, x.stride(0), scale)

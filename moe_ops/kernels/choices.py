@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.moe import PLANLESS_CHOICES
+from ops_patches.launch import power_of_two
 
 from ..routing import RoutingPlan
 from .routing import expert_constants, load_experts
@@ -136,7 +137,7 @@ class Choices:
     @property
     def padded(self) -> int:
         """Choices that a program looks at, the same for all batches of a layer: see `runs_without_plan`."""
-        return triton.next_power_of_2(min(self.experts, PLANLESS_CHOICES))
+        return power_of_two(min(self.experts, PLANLESS_CHOICES))
 
 
 def tile_arguments(tiles: RoutingPlan | Choices) -> tuple[tuple, dict[str, int]]:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_patches.launch import cdiv, power_of_two, prepared
+
 from ..routing import RoutingPlan
 from .choices import Choices
 from .routing import load_experts
@@ -65,21 +67,12 @@ def combine(
 ) -> None:
     """Launch the combine: y [C, N] and out [M, N] contiguous, at least one token; tiles and pdl as in grouped_gemm."""
     tokens, n = out.shape
-    block_n = min(triton.next_power_of_2(n), MAX_BLOCK)
+    block_n = min(power_of_two(n), MAX_BLOCK)
     if isinstance(tiles, Choices):
         where, constants = (None, None, tiles.ids, tiles.expert_map), tiles.constants
     else:
         where, constants = (tiles.rows, tiles.starts[-1:], None, None), {"EXPERTS": 0, "GLOBAL_EXPERTS": 0}
-    combine_kernel[(tokens, triton.cdiv(n, block_n))](
-        y,
-        out,
-        *where,
-        scaling,
-        N=n,
-        TOP_K=tiles.top_k,
-        **constants,
-        BLOCK_N=block_n,
-        PDL=pdl,
-        num_warps=4,
-        launch_pdl=pdl,
+    launch = prepared(
+        combine_kernel, N=n, TOP_K=tiles.top_k, **constants, BLOCK_N=block_n, PDL=pdl, num_warps=4, launch_pdl=pdl
     )
+    launch((tokens, cdiv(n, block_n)), y, out, *where, scaling)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.moe import DIRECT_BLOCK_K, DIRECT_ELEMENTS
+from ops_patches.launch import cdiv, power_of_two, prepared
 
 from .chunks import down_of_chunks, gate_up_of_chunks
 from .gate_up import gated, pointwise, split_gate_up
@@ -275,7 +276,7 @@ def fused_experts_direct(
     expert_map = None if expert_map is None else expert_map.contiguous()
     experts, width, inner = w2.shape
     top_k = topk_ids.shape[1]
-    experts_padded = triton.next_power_of_2(top_k)
+    experts_padded = power_of_two(top_k)
     first = half_constants(width, 1, GATE_UP_COLUMNS, FP8_GATE_UP, block_shape)
     second = half_constants(inner, experts_padded, DOWN_COLUMNS, FP8_DOWN, block_shape)
     first |= w_scale_arguments(
@@ -291,11 +292,23 @@ def fused_experts_direct(
         "launch_pdl": pdl,
     }
     h = x.new_empty(ids.shape[0], inner)
-    gate_up_direct_kernel[(triton.cdiv(inner, first["BLOCK_N"]), ids.shape[0])](
+    first_scale, second_scale = first.pop("w_scale"), second.pop("w_scale")
+    launch = prepared(
+        gate_up_direct_kernel,
+        N=inner,
+        K=width,
+        GATED=gated,
+        INTERLEAVED=interleaved,
+        ACTIVATION=activation,
+        **first,
+        **constants | {"launch_pdl": False},
+    )
+    launch(
+        (cdiv(inner, first["BLOCK_N"]), ids.shape[0]),
         x,
         gate,
         up,
-        first.pop("w_scale"),
+        first_scale,
         gate_bias_ptr,
         up_bias,
         weights if apply_router_weight_on_input else None,
@@ -308,18 +321,13 @@ def fused_experts_direct(
         *bias13_strides,
         swiglu_alpha,
         swiglu_limit,
-        N=inner,
-        K=width,
-        GATED=gated,
-        INTERLEAVED=interleaved,
-        ACTIVATION=activation,
-        **first,
-        **constants | {"launch_pdl": False},
     )
-    down_direct_kernel[(triton.cdiv(width, second["BLOCK_N"]), out.shape[0])](
+    launch = prepared(down_direct_kernel, N=width, K=inner, BLOCK_T=experts_padded, **second, **constants)
+    launch(
+        (cdiv(width, second["BLOCK_N"]), out.shape[0]),
         h,
         w2,
-        second.pop("w_scale"),
+        second_scale,
         bias2_ptr,
         None if apply_router_weight_on_input else weights,
         out,
@@ -329,11 +337,6 @@ def fused_experts_direct(
         w2.stride(0),
         w2.stride(1),
         *bias2_strides,
-        N=width,
-        K=inner,
-        BLOCK_T=experts_padded,
-        **second,
-        **constants,
     )
 
 
@@ -341,7 +344,7 @@ def half_constants(
     k: int, experts: int, columns: int, fp8: tuple[int, int], block_shape: Sequence[int] | None
 ) -> dict[str, int]:
     """Blocks of a program that reads k columns of so many experts together; columns: unquantised, fp8: else."""
-    block_k = triton.next_power_of_2(k)
+    block_k = power_of_two(k)
     if block_shape is None:
         return {"BLOCK_N": columns, "BLOCK_K": min(DIRECT_BLOCK_K, block_k)}
     columns, elements = fp8

@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops_configs.moe import MoeConfig
+from ops_patches.launch import cdiv, prepared
 
 from ..reference import LIMITS
 from ..routing import RoutingPlan
@@ -435,13 +436,15 @@ def split_gate_up(w13: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, t
     if interleaved:
         return w13[:, ::2], w13[:, 1::2]
     half = w13.shape[1] // 2
-    return w13[:, :half], w13[:, half:]
+    return w13.narrow(1, 0, half), w13.narrow(1, half, half)
 
 
 def joined_operand(w13: torch.Tensor, interleaved: bool, block_n: int, block_k: int) -> TensorDescriptor:
     """Descriptor of w13 [E, 2N, K] whose blocks hold block_n gates and their ups."""
-    shape, block = ((-1, 2), [1, block_n, 2, block_k]) if interleaved else ((2, -1), [1, 2, block_n, block_k])
-    return TensorDescriptor.from_tensor(w13.unflatten(1, shape), block)
+    experts, rows, k = w13.shape
+    if interleaved:
+        return TensorDescriptor.from_tensor(w13.view(experts, rows // 2, 2, k), [1, block_n, 2, block_k])
+    return TensorDescriptor.from_tensor(w13.view(experts, 2, rows // 2, k), [1, 2, block_n, block_k])
 
 
 def gate_up(
@@ -494,32 +497,15 @@ def gate_up(
         x, w13, x_scale, w_scale, block_shape, config.block_k, block_n, ups=n if gated else 0, interleaved=interleaved
     )
     tile_args, tile_constants = tile_arguments(tiles)
-    num_tiles, block = tile_args[-1], (1, block_n, scales["BLOCK_K"])
+    scale_pointers = scales.pop("x_scale"), scales.pop("w_scale")
+    num_tiles, block_k = tile_args[-1], scales["BLOCK_K"]
+    block = (1, block_n, block_k)
     x_tma = tma and not gather and takes_tma(x)
     joined = gated and tma and w13.dtype == x.dtype and block_shape is None and config.block_m >= JOINED_ROWS
     planned = isinstance(tiles, RoutingPlan)
     out_tma = config.tma_store and planned and tma and out_scale is None and takes_tma(out)
-    gate_up_kernel[(num_tiles * triton.cdiv(n, block_n),)](
-        operand(x, (config.block_m, scales["BLOCK_K"]), x_tma),
-        operand(x, (config.block_m // 2, scales["BLOCK_K"]), x_tma and config.block_m == 128),
-        joined_operand(w13, interleaved, block_n, scales["BLOCK_K"]) if joined else operand(gate, block, tma),
-        None if joined else operand(up, block, tma),
-        scales.pop("x_scale"),
-        scales.pop("w_scale"),
-        gate_bias_ptr,
-        up_bias,
-        weights,
-        rows_operand(out, (config.block_m, block_n), out_tma),
-        rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128),
-        out_scale,
-        *tile_args,
-        row_stride(x),
-        gate.stride(0),
-        gate.stride(1),
-        *bias_strides,
-        *((0, 0) if out_scale is None else out_scale.stride()),
-        swiglu_alpha,
-        swiglu_limit,
+    launch = prepared(
+        gate_up_kernel,
         N=n,
         K=x.shape[1],
         TOP_K=tiles.top_k,
@@ -544,4 +530,26 @@ def gate_up(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl and planned,  # else what comes before is not ours
+    )
+    launch(
+        (num_tiles * cdiv(n, block_n),),
+        operand(x, (config.block_m, block_k), x_tma),
+        operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128),
+        joined_operand(w13, interleaved, block_n, block_k) if joined else operand(gate, block, tma),
+        None if joined else operand(up, block, tma),
+        *scale_pointers,
+        gate_bias_ptr,
+        up_bias,
+        weights,
+        rows_operand(out, (config.block_m, block_n), out_tma),
+        rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128),
+        out_scale,
+        *tile_args,
+        row_stride(x),
+        gate.stride(0),
+        gate.stride(1),
+        *bias_strides,
+        *((0, 0) if out_scale is None else out_scale.stride()),
+        swiglu_alpha,
+        swiglu_limit,
     )

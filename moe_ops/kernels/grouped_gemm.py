@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.moe import MoeConfig, stationary_fits
+from ops_patches.launch import cdiv, prepared
 
 from ..routing import RoutingPlan
 from .choices import Choices, most_rows, tile_arguments, tile_rows
@@ -441,7 +442,7 @@ def grouped_gemm(
     tile_args, tile_constants = tile_arguments(tiles)
     num_tiles, planned = tile_args[-1], isinstance(tiles, RoutingPlan)
     x_tma = tma and not gather and planned and takes_tma(x)
-    programs = num_tiles * triton.cdiv(n, config.block_n)
+    programs = num_tiles * cdiv(n, config.block_n)
     persistent = config.persistent and x_tma
     stationary = config.stationary and x_tma and takes_tma(out) and stationary_fits(k, config.block_k, block_shape)
     out_tma = stationary or (persistent and takes_tma(out))
@@ -468,17 +469,24 @@ def grouped_gemm(
     }
     if stationary:
         parts = 1 if num_tiles <= WHOLE_TILES * multiprocessors(x.device) else 2
-        stationary_kernel[(num_tiles * parts,)](
-            operand(x, (config.block_m, block_k), x_tma),
-            *operands,
-            *rows,
-            parts,
-            *bias_strides,
-            STAGES=config.num_stages,
-            **constants,
-        )
+        launch = prepared(stationary_kernel, STAGES=config.num_stages, **constants)
+        rows_of_x = operand(x, (config.block_m, block_k), x_tma)
+        launch((num_tiles * parts,), rows_of_x, *operands, *rows, parts, *bias_strides)
         return
-    grouped_gemm_kernel[(programs,)](
+    launch = prepared(
+        grouped_gemm_kernel,
+        TOP_K=tiles.top_k,
+        **tile_constants,
+        GATHER=gather,
+        X_TMA=x_tma,
+        TMA=tma,
+        OUT_TMA=out_tma,
+        GROUP_M=config.group_m,
+        PERSISTENT=persistent,
+        **constants,
+    )
+    launch(
+        (programs,),
         operand(x, (config.block_m, block_k), x_tma),
         operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128 and not persistent),
         *operands,
@@ -490,13 +498,4 @@ def grouped_gemm(
         w.stride(0),
         w.stride(1),
         *bias_strides,
-        TOP_K=tiles.top_k,
-        **tile_constants,
-        GATHER=gather,
-        X_TMA=x_tma,
-        TMA=tma,
-        OUT_TMA=out_tma,
-        GROUP_M=config.group_m,
-        PERSISTENT=persistent,
-        **constants,
     )

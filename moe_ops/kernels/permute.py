@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_patches.launch import cdiv, power_of_two, prepared
+
 from ..routing import RoutingPlan
 from .tiles import UNALIGNED, row_stride
 
@@ -40,8 +42,7 @@ def permute(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """x [M, K], last dimension contiguous, in row order: [C, K]. Rows without expert hold anything."""
     rows, k = plan.choices.shape[0], x.shape[1]
     out = x.new_empty(rows, k)
-    block = min(triton.next_power_of_2(k), MAX_BLOCK)
-    permute_kernel[(rows, triton.cdiv(k, block))](
-        x, out, plan.choices, plan.starts[-1:], row_stride(x), K=k, TOP_K=plan.top_k, BLOCK=block, num_warps=4
-    )
+    block = min(power_of_two(k), MAX_BLOCK)
+    launch = prepared(permute_kernel, K=k, TOP_K=plan.top_k, BLOCK=block, num_warps=4)
+    launch((rows, cdiv(k, block)), x, out, plan.choices, plan.starts[-1:], row_stride(x))
     return out

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_patches.launch import cdiv, power_of_two, prepared
+
 from ..reference import LIMITS, QUANTS, SMALLEST_ABSMAX
 from ..routing import RoutingPlan
 from .tiles import UNALIGNED, row_stride
@@ -177,7 +179,7 @@ def group_scales(rows: int, groups: int, by_column: bool, device: torch.device) 
 
     Columns are then a multiple of 16 apart: kernels are compiled for such a stride once, not for some batches.
     """
-    shape = (groups, triton.cdiv(rows, 16) * 16) if by_column else (rows, groups)
+    shape = (groups, cdiv(rows, 16) * 16) if by_column else (rows, groups)
     scale = torch.empty(shape, dtype=torch.float32, device=device)
     return scale.T[:rows] if by_column else scale
 
@@ -212,17 +214,12 @@ def quantize(
     constants = {"K": columns, "LIMIT": LIMITS[dtype]}
     if scale is None and (per_token or group is not None):
         group = min(group or columns, columns)
-        block = triton.next_power_of_2(group)
-        groups = triton.cdiv(columns, group)
-        together = min(max(BLOCK // block, 1), triton.next_power_of_2(groups))
+        block = power_of_two(group)
+        groups = cdiv(columns, group)
+        together = min(max(BLOCK // block, 1), power_of_two(groups))
         scale = group_scales(rows, groups, plan is not None, x.device)
-        quantize_groups_kernel[(rows, triton.cdiv(groups, together))](
-            x,
-            q,
-            scale,
-            without_expert,
-            row_stride(x),
-            *scale.stride(),
+        launch = prepared(
+            quantize_groups_kernel,
             GROUP=group,
             GROUPS=together,
             BLOCK=block,
@@ -230,18 +227,30 @@ def quantize(
             POWER_OF_TWO=power_of_two_scales,
             num_warps=_warps(block * together),
         )
+        launch((rows, cdiv(groups, together)), x, q, scale, without_expert, row_stride(x), *scale.stride())
         return q, scale
-    block = min(triton.next_power_of_2(columns), BLOCK)
+    block = min(power_of_two(columns), BLOCK)
     parts, num_parts = None, 0
     if scale is None:
         scale = torch.empty(1, dtype=torch.float32, device=x.device)
         num_parts = min(rows, PARTS)
         parts = torch.empty(num_parts, dtype=torch.float32, device=x.device)
-        absmax_kernel[(num_parts,)](
-            x, parts, without_expert, rows, row_stride(x), K=columns, BLOCK=block, num_warps=_warps(block)
-        )
+        launch = prepared(absmax_kernel, K=columns, BLOCK=block, num_warps=_warps(block))
+        launch((num_parts,), x, parts, without_expert, rows, row_stride(x))
     experts = 0 if plan is None else plan.counts.shape[0]
-    quantize_tensor_kernel[(rows, triton.cdiv(columns, block))](
+    launch = prepared(
+        quantize_tensor_kernel,
+        TOP_K=1 if plan is None else plan.top_k,
+        GATHER=gather,
+        EXPERTS=experts,
+        PADDED_EXPERTS=power_of_two(max(experts, 1)),
+        PARTS=PARTS,
+        BLOCK=block,
+        **constants,
+        num_warps=_warps(block),
+    )
+    launch(
+        (rows, cdiv(columns, block)),
         x,
         q,
         scale,
@@ -251,14 +260,6 @@ def quantize(
         num_parts,
         row_stride(x),
         scale.stride(0) if scale.numel() > 1 else 0,
-        TOP_K=1 if plan is None else plan.top_k,
-        GATHER=gather,
-        EXPERTS=experts,
-        PADDED_EXPERTS=triton.next_power_of_2(max(experts, 1)),
-        PARTS=PARTS,
-        BLOCK=block,
-        **constants,
-        num_warps=_warps(block),
     )
     return q, scale
 

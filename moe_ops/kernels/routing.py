@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_patches.launch import cdiv, power_of_two, prepared
+
 from .. import checks
 from ..routing import RoutingPlan, tile_count_bound
 from .tiles import UNALIGNED
@@ -173,7 +175,7 @@ def lone_chunks(bins: int) -> tuple[int, ...]:
 
 def num_bins(num_experts: int) -> int:
     """Bins of a histogram of the experts; choices without expert are in none."""
-    return max(triton.next_power_of_2(num_experts), 32)
+    return max(power_of_two(num_experts), 32)
 
 
 def routing_plan(
@@ -190,10 +192,10 @@ def routing_plan(
     num_choices = ids.shape[0]
     num_tiles = tile_count_bound(num_choices, num_experts, tile_rows)
     sizes = [num_choices, num_choices, num_experts, num_experts + 1, num_tiles, num_tiles, num_tiles, 1]
-    arrays = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
+    arrays = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split_with_sizes(sizes)
     bins = num_bins(num_experts)
     chunk = next((chunk for chunk in lone_chunks(bins) if num_choices <= chunk), CHUNK)
-    num_chunks = triton.cdiv(num_choices, chunk)
+    num_chunks = cdiv(num_choices, chunk)
     constants = {
         **expert_constants(num_experts, expert_map),
         "BINS": bins,
@@ -202,31 +204,13 @@ def routing_plan(
     chunk_counts = None
     if num_chunks > 1:
         chunk_counts = torch.empty(num_chunks + 1, bins, dtype=torch.int32, device=ids.device)
-        count_kernel[(num_chunks,)](ids, expert_map, chunk_counts, num_choices, **constants, num_warps=8)
-        scan_kernel[(bins // SCAN_BINS,)](
-            chunk_counts,
-            num_chunks,
-            BINS=bins,
-            SCAN_BINS=SCAN_BINS,
-            SCAN_CHUNKS=SCAN_CHUNKS,
-            PDL=pdl,
-            num_warps=4,
-            launch_pdl=pdl,
-        )
+        count = prepared(count_kernel, **constants, num_warps=8)
+        count((num_chunks,), ids, expert_map, chunk_counts, num_choices)
+        sizes_of_scan = {"BINS": bins, "SCAN_BINS": SCAN_BINS, "SCAN_CHUNKS": SCAN_CHUNKS}
+        scan = prepared(scan_kernel, **sizes_of_scan, PDL=pdl, num_warps=4, launch_pdl=pdl)
+        scan((bins // SCAN_BINS,), chunk_counts, num_chunks)
     pdl = pdl and num_chunks > 1  # what comes before the plan is not ours
-    place_kernel[(triton.cdiv(num_choices, BLOCK),)](
-        ids,
-        expert_map,
-        chunk_counts,
-        *arrays,
-        num_choices,
-        num_tiles,
-        num_chunks,
-        TILE_ROWS=tile_rows,
-        BLOCK=BLOCK,
-        PDL=pdl,
-        **constants,
-        num_warps=8,
-        launch_pdl=pdl,
-    )
+    place = prepared(place_kernel, TILE_ROWS=tile_rows, BLOCK=BLOCK, PDL=pdl, **constants, num_warps=8, launch_pdl=pdl)
+    grid = (cdiv(num_choices, BLOCK),)
+    place(grid, ids, expert_map, chunk_counts, *arrays, num_choices, num_tiles, num_chunks)
     return RoutingPlan(*arrays, top_k=topk_ids.shape[1], tile_rows=tile_rows)

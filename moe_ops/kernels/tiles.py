@@ -204,15 +204,14 @@ def takes_tma(*tensors: torch.Tensor) -> bool:
 
     fp32 products run on CUDA cores, whose operands gain nothing by it.
     """
-    device = tensors[0].device
+    return all(t.data_ptr() % TMA_ALIGNMENT == 0 and _layout_takes_tma(t.device, t.dtype, t.stride()) for t in tensors)
+
+
+@functools.cache
+def _layout_takes_tma(device: torch.device, dtype: torch.dtype, strides: tuple[int, ...]) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return False
-    return all(
-        t.dtype.itemsize <= 2
-        and t.data_ptr() % TMA_ALIGNMENT == 0
-        and all(stride * t.dtype.itemsize % TMA_ALIGNMENT == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    )
+    return dtype.itemsize <= 2 and all(stride * dtype.itemsize % TMA_ALIGNMENT == 0 for stride in strides[:-1])
 
 
 def row_stride(x: torch.Tensor) -> int:

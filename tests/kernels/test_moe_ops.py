@@ -394,14 +394,12 @@ def test_bf16_on_the_cpu_takes_the_reference():
     assert torch.equal(moe_ops.fused_experts(**layer), reference.fused_experts(**layer))
 
 
-@pytest.mark.parametrize(
-    "kernel", ["routing.routing_plan", "gate_up.gate_up", "grouped_gemm.grouped_gemm", "combine.combine"]
-)
-def test_a_fault_names_the_op(kernel, device, monkeypatch):
+@pytest.mark.parametrize("launch", ["routing_plan", "gate_up", "grouped_gemm", "combine"])
+def test_a_fault_names_the_op(launch, device, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("injected fault")
 
-    monkeypatch.setattr(f"moe_ops.kernels.{kernel}", broken)
+    monkeypatch.setattr(f"moe_ops.launches.{launch}", broken)
     counters.reset()
     with pytest.raises(KernelError, match=r"^fused_experts failed: RuntimeError: injected fault\n(.*\n)* *hidden: "):
         moe_ops.fused_experts(**make_layer(Case("plain"), torch.float16, device))
