@@ -18,7 +18,7 @@ import pstats
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,8 +42,8 @@ def lora_wrappers() -> dict:
     return wrappers(ADAPTERS)
 
 
-def lora_calls(module: str, tokens: int) -> Iterator[tuple[str, Call]]:
-    """(variant, call) of both wrappers of vLLM, each adapter with as many tokens."""
+def lora_calls(module: str, tokens: int) -> dict[str, Call]:
+    """Of both wrappers of vLLM, by variant; each adapter has as many tokens."""
     from shapes import MODELS
     from vllm.lora.layers.utils import LoRAMapping
 
@@ -54,13 +54,15 @@ def lora_calls(module: str, tokens: int) -> Iterator[tuple[str, Call]]:
     b = tuple(torch.randn(ADAPTERS, 1, n, RANK, **on_gpu) for n in linear.slices)
     ids = tuple(1 + token * ADAPTERS // tokens for token in range(tokens))
     slots = list(range(1, ADAPTERS + 1))
-    for variant, wrapper in lora_wrappers().items():
+    wrappers = lora_wrappers()
+    for wrapper in wrappers.values():
         wrapper.update_metadata(LoRAMapping(ids, tuple(slots), is_prefill=True), slots, ADAPTERS + 1, 128256)
-        yield variant, lambda wrapper=wrapper: wrapper.add_lora_linear(y, x, a, b, 1.0, linear.slices)
+    arguments = (y, x, a, b, 1.0, linear.slices)
+    return {name: functools.partial(wrapper.add_lora_linear, *arguments) for name, wrapper in wrappers.items()}
 
 
-def moe_calls(model: str, tokens: int) -> Iterator[tuple[str, Call]]:
-    """(variant, call) of vLLM's fused_experts."""
+def moe_calls(model: str, tokens: int) -> dict[str, Call]:
+    """Of vLLM's fused_experts_impl, which the patch replaces, by variant."""
     from moe_baselines import Vllm
     from moe_problem import make_problem
     from moe_shapes import LAYERS, Case
@@ -68,26 +70,24 @@ def moe_calls(model: str, tokens: int) -> Iterator[tuple[str, Call]]:
     import moe_ops
 
     problem = make_problem(Case(LAYERS[model], tokens, "uniform", "bf16"), "cuda", seed=0, blank=True)
-    host = Vllm()
-    w, arguments = problem.weights, (problem.topk_weights[0], problem.topk_ids[0])
-
-    def call() -> object:
-        return host.kernels.fused_experts(problem.hidden[0], w.w13, w.w2, *arguments)
-
-    yield "stock", call
+    kernels, w = Vllm().kernels, problem.weights
+    arguments = (problem.hidden[0], w.w13, w.w2, problem.topk_weights[0], problem.topk_ids[0])
+    stock = kernels.fused_experts_impl
     with moe_ops.patch_vllm(strict=True):
-        yield "patched", call
+        patched = kernels.fused_experts_impl
+    return {name: functools.partial(call, *arguments) for name, call in (("stock", stock), ("patched", patched))}
 
 
-def call_us(call: Call) -> list[float]:
-    """Microseconds until each call returns."""
-    samples = []
+def call_us(calls: dict[str, Call]) -> dict[str, list[float]]:
+    """Microseconds until each call returns. They take turns, for a machine's CPU is not as fast all the time."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP + CALLS):
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e6)
-        torch.cuda.synchronize()
-    return samples[WARM_UP:]
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append((time.perf_counter() - start) * 1e6)
+            torch.cuda.synchronize()
+    return {name: values[WARM_UP:] for name, values in samples.items()}
 
 
 def print_profile(call: Call) -> None:
@@ -129,19 +129,20 @@ def main(argv: list[str] | None = None) -> int:
     layers += [("qwen3-30b-a3b", "experts", moe_calls, "qwen3-30b-a3b")]
     rows: list[dict[str, str]] = []
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=2 * len(layers) * len(options.tokens))
-        for model, layer, calls, argument in layers:
+        task = progress.add_task("", total=len(layers) * len(options.tokens))
+        for model, layer, calls_of, argument in layers:
             for tokens in options.tokens:
-                for variant, call in calls(argument, tokens):
-                    progress.update(task, description=f"{model} {layer}, {tokens} tokens, {variant}")
-                    deciles = statistics.quantiles(call_us(call), n=10)
+                progress.update(task, description=f"{model} {layer}, {tokens} tokens")
+                calls = calls_of(argument, tokens)
+                where = {"host_version": version("vllm"), **origin(gpu, options.commit)}
+                for variant, samples in call_us(calls).items():
+                    deciles = statistics.quantiles(samples, n=10)
                     us = zip(("us", "us_p10", "us_p90"), (f"{deciles[i]:.1f}" for i in (4, 0, 8)), strict=True)
-                    where = {"host_version": version("vllm"), **origin(gpu, options.commit)}
                     case = {"model": model, "layer": layer, "tokens": tokens, "variant": variant}
                     rows.append(case | dict(us) | where)
                     if options.profile:
-                        print_profile(call)
-                    progress.advance(task)
+                        print_profile(calls[variant])
+                progress.advance(task)
     append_rows(path, COLUMNS, rows)
     console.print(table(rows))
     console.print(f"rows: {path}", soft_wrap=True)
