@@ -5,8 +5,9 @@
     python benchmarks/launch_time.py --tokens 600 --profile
 
 Prompts and steps larger than vLLM's largest CUDA graph (512 tokens by default) launch every layer from Python: where a
-layer takes the CPU longer than the GPU, the GPU waits. A call is timed until it returns; the GPU is waited for after
-each, outside the time. Needs a GPU and vLLM. Rows go to benchmarks/results/<GPU>/launch_time.csv.
+layer takes the CPU longer than the GPU, the GPU waits. Called are add_lora_linear of vLLM's punica wrapper, and
+fused_experts_impl, in turns; a call is timed until it returns, and the GPU is waited for after it. Needs a GPU and
+vLLM. Rows go to benchmarks/results/<GPU>/launch_time.csv.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     gpu = torch.cuda.get_device_name()
     path = (options.out or RESULTS / gpu.replace(" ", "_")) / "launch_time.csv"
     layers = [("llama3-8b", module, lora_calls, module) for module in ("qkv", "down")]
-    layers += [("qwen3-30b-a3b", "experts", moe_calls, "qwen3-30b-a3b")]
+    layers += [("qwen3-30b-a3b", "fused_experts_impl", moe_calls, "qwen3-30b-a3b")]
     rows: list[dict[str, str]] = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(layers) * len(options.tokens))
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
                     case = {"model": model, "layer": layer, "tokens": tokens, "variant": variant}
                     rows.append(case | dict(us) | where)
                     if options.profile:
+                        progress.console.print(f"\n{model} {layer}, {tokens} tokens, {variant}:")
                         print_profile(calls[variant])
                 progress.advance(task)
     append_rows(path, COLUMNS, rows)

@@ -2,7 +2,8 @@
 
 Triton binds and specialises every argument of every launch and then looks up the binary: about 40 us, most of it for
 what was the same the time before. `prepared` keeps the binaries of a kernel and its constants by what Triton may have
-specialised them for, and launches them as Triton's fused softmax tutorial does: binary[grid](*arguments).
+specialised them for, and launches them as Triton's fused softmax tutorial does: binary[grid](*arguments). What Triton's
+knobs say of compiling (debug, instrumentation) counts when a binary is first launched, not when it is launched again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class Prepared:
         self.kernel = kernel
         self.constants = constants
         self._binaries: dict[tuple, CompiledKernel] = {}
+        self._constants_in_order: tuple = ()
+        if isinstance(kernel, JITFunction):
+            first = next((p.num for p in kernel.params if p.is_constexpr), len(kernel.params))
+            self._constants_in_order = tuple(constants[p.name] for p in kernel.params[first:])
 
     def __call__(self, grid: tuple[int, ...], *arguments: object) -> None:
         if not isinstance(self.kernel, JITFunction):  # Triton's interpreter runs it
@@ -38,18 +43,11 @@ class Prepared:
         key = (driver.active.get_current_device(), *kinds(arguments))
         binary = self._binaries.get(key)
         if binary is not None:
-            binary[(*grid, 1, 1)](*arguments, *self._bound)
+            binary[(*grid, 1, 1)](*arguments, *self._constants_in_order)
             return
         binary = self.through_triton(grid, *arguments)
         if isinstance(binary, CompiledKernel):
             self._binaries[key] = binary
-
-    @functools.cached_property
-    def _bound(self) -> tuple:
-        """The constants in the order of the parameters."""
-        parameters = self.kernel.params
-        first = next((p.num for p in parameters if p.is_constexpr), len(parameters))
-        return tuple(self.constants[p.name] for p in parameters[first:])
 
     def through_triton(self, grid: tuple[int, ...], *arguments: object) -> CompiledKernel | None:
         """Compile what is not compiled, and launch; the binary, but none of the interpreter."""
@@ -83,9 +81,9 @@ def kinds(arguments: tuple) -> list[Hashable]:
         if a is None:
             found.append(None)
         elif isinstance(a, torch.Tensor):
-            found += a.dtype, a.data_ptr() % ALIGNMENT
+            found += a.dtype, a.data_ptr() % ALIGNMENT == 0
         elif type(a) is int:
-            found += a == 1, a % ALIGNMENT, (a >= -(2**31)) + (a >= 2**31) + (a >= 2**63)  # int32, int64, uint64
+            found += a == 1, a % ALIGNMENT == 0, (a >= -(2**31)) + (a >= 2**31) + (a >= 2**63)  # int32, int64, uint64
         elif isinstance(a, TensorDescriptor):
             found.append((a.base.dtype, *a.block_shape))
         elif type(a) is float:

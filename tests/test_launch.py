@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 import triton
-from triton.backends.compiler import BaseBackend
+from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler as triton_compiler
+from triton.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,7 +19,7 @@ from ops_configs import files, store
 from ops_patches.launch import Prepared, cdiv, kinds, power_of_two, prepared
 from ops_patches.library import INTERPRET
 
-from .test_kernels_compile import FP8_BLOCKS, StandIn, empty, lora_layer, moe_layer, plan_tiles
+from .test_kernels_compile import FP8_BLOCKS, StandIn, empty, lora_layer, moe_layer, plan_tiles, run_lora, written
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: the interpreter compiles nothing"),
@@ -35,7 +36,10 @@ class Launches(StandIn):
         self.utils = self
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: object) -> tuple:
-        return None, name, 0, 0, 1024
+        return name, name, 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
 
     def launcher_cls(self, src: object, metadata: object):
         def launch(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments) -> None:
@@ -92,8 +96,20 @@ def lora_batch(rows: int, layer: str = "qkv", rank: int = 16) -> None:
     lora_ops.launches.run_add(y, empty(*y.shape), plan_tiles(rows))
 
 
+def lora_rows(rows: int) -> None:
+    """bgmv and sgmv: a slot for each row, or for each segment of rows."""
+    slots = torch.zeros(rows, dtype=torch.int64)
+    for tiles in (
+        lora_ops.launches.row_tiles(slots),
+        lora_ops.launches.segment_tiles(slots[:8], slots[:8], slots[:8], 8, rows, rows),
+    ):
+        run_lora(lora_layer("down", 16, rows), tiles)
+
+
+HALF = (torch.arange(128) - 64).clamp(min=-1)
 BATCHES = {
     "lora": lambda: lora_batch(300),
+    "lora, rows and segments": lambda: lora_rows(40),
     "lora, planes": lambda: lora_batch(64, "long", 64),
     "moe, a few tokens": lambda: moe_batch(2),
     "moe, a few choices": lambda: moe_batch(12),
@@ -101,6 +117,10 @@ BATCHES = {
     "moe, biases": lambda: moe_batch(300, activation="swiglu_oai", interleaved=True, bias=True),
     "moe, fp8 blocks": lambda: moe_batch(300, **FP8_BLOCKS),
     "moe, fp8": lambda: moe_batch(300, quant="fp8_w8a8"),
+    "moe, fp8 blocks, a few tokens": lambda: moe_batch(2, **FP8_BLOCKS),
+    "moe, int8 tokens": lambda: moe_batch(300, quant="int8_w8a8", channels=True, per_token=True),
+    "moe, expert map": lambda: moe_batch(2000, expert_map=HALF),
+    "moe, wide experts": lambda: moe_batch(4000, (8, 2, 512, 2048)),
 }
 
 
@@ -115,11 +135,18 @@ def test_again(launches, name):
     assert launches.seen == first
 
 
+def test_every_kernel(launches):
+    """A new kernel needs a batch above, too."""
+    for batch in BATCHES.values():
+        batch()
+    assert {name for name, *_ in launches.seen} == written()
+
+
 def test_other_arguments(launches):
     """Of another alignment or dtype, they come through Triton, which compiles for them; then they, too, pass it by."""
     y, delta, tiles = empty(300, 512), empty(300 * 512 + 8), plan_tiles(300)
     deltas = [delta[first : first + 300 * 512].view(300, 512) for first in (0, 8, 1, 2)]
-    for other, new in ((deltas[0], 1), (deltas[1], 0), (deltas[2], 1), (deltas[2], 0), (deltas[0].float(), 1)):
+    for other, new in ((deltas[0], 1), (deltas[1], 0), (deltas[2], 1), (deltas[3], 0), (deltas[0].float(), 1)):
         before = launches.through_triton
         add(y, other, tiles)
         assert launches.through_triton == before + new
@@ -144,8 +171,10 @@ def arguments() -> list:
 def test_kinds():
     """Where Triton would compile for either of two arguments, their kinds differ."""
 
+    backend = type(make_backend(GPUTarget("cuda", 90, 32)))
+
     def of_triton(argument: object) -> object:
-        return triton.runtime.jit.native_specialize_impl(BaseBackend, argument, False, True, True)
+        return triton.runtime.jit.native_specialize_impl(backend, argument, False, True, True)
 
     pairs = list(itertools.combinations([(of_triton(a), kinds((a,)), a) for a in arguments()], 2))
     assert sum(one[0] != other[0] for one, other in pairs) > 500
@@ -167,11 +196,11 @@ def test_sizes():
 
 
 def test_constants_come_last():
-    """An argument behind a constant would come too late: an error, once."""
+    """An argument behind a constant would come too late: an error before any launch."""
 
     @triton.jit
     def kernel(x, N: triton.language.constexpr, y):  # pragma: no cover
         pass
 
     with pytest.raises(KeyError, match="y"):
-        Prepared(kernel, {"N": 1})._bound  # noqa: B018
+        Prepared(kernel, {"N": 1})

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_ops import fused_experts, reference
-from moe_ops.kernels import gate_up, grouped_gemm, routing
+from moe_ops import fused_experts, launches, reference
 from ops_configs import moe
 from ops_configs.moe import LayerConfig, MoeConfig, MoeLayer
 
@@ -46,21 +45,21 @@ def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, down_as, pe
         asked.append((layer, *batch))
         return config
 
-    def watch(module, name, position):
-        kernel = getattr(module, name)
+    def watch(name, position):
+        launch = getattr(launches, name)
 
         def watched(*args, **kwargs):
             used[name] = args[position]
-            return kernel(*args, **kwargs)
+            return launch(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(launches, name, watched)
 
     if down_as == "too long for stationary":
         monkeypatch.setattr(moe, "STATIONARY_STEPS", 0)
-    monkeypatch.setattr("moe_ops.launches.layer_config", layer_config)
-    watch(gate_up, "gate_up", 4)
-    watch(grouped_gemm, "grouped_gemm", 4)
-    watch(routing, "routing_plan", 2)
+    monkeypatch.setattr(launches, "layer_config", layer_config)
+    watch("gate_up", 4)
+    watch("grouped_gemm", 4)
+    watch("routing_plan", 2)
     out = fused_experts(x, w13, w2, weights, ids, expert_map=expert_map)
     layer = MoeLayer(experts, top_k, hidden, inner, global_experts=6 if mapped else None)
     assert asked == [(layer, tokens, torch.float16, x.device)]
