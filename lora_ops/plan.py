@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -84,14 +83,6 @@ def plan_layout(max_tokens: int, max_slots: int, extra_tokens: int = 0) -> PlanL
     return PlanLayout(offsets, position)
 
 
-@lru_cache
-def compiled_loops() -> ModuleType:
-    """The loops of fill.py: numba compiles them when they are first called."""
-    from . import fill
-
-    return fill
-
-
 class LoraPlan:
     """Tokens of a step grouped by adapter slot, on the device, in buffers that never move.
 
@@ -116,12 +107,10 @@ class LoraPlan:
         self.device = torch.device(device)
         self.layout = plan_layout(max_tokens, max_slots, extra_tokens)
         self.counts = torch.zeros(2, dtype=torch.int32)
-        self._counts = self.counts.numpy()
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
-        self._loops = compiled_loops()
-        self._starts = np.array([self.layout.offsets[name][0] for name in self._loops.SECTIONS])
+        self._numbers = np.arange(max_tokens)
         self._blank = self._make_blank()
-        self._built: list[np.ndarray] = []
+        self._built: tuple[np.ndarray, ...] = ()
         self.update(())
 
     def section(self, name: str) -> torch.Tensor:
@@ -159,32 +148,30 @@ class LoraPlan:
         Raises:
             ValueError: too many tokens, or a slot outside -1..max_slots-1.
         """
-        wanted = [np.array(values, dtype=np.int32) for values in (token_slots, *extra)]  # copies, which are kept
-        self._check_size(wanted[0])
-        if len(wanted) != len(self._built) or not all(map(self._loops.same, wanted, self._built)):
-            self._check_slots(wanted[0])
+        slots = np.asarray(token_slots, dtype=np.int32)
+        wanted = (slots, *extra)
+        if len(wanted) != len(self._built) or not all(map(np.array_equal, wanted, self._built)):
+            self._check(slots)
             staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-            used, self._num_groups, num_active = self._fill(staging.numpy(), *wanted)
-            self._counts[:] = wanted[0].size, num_active
+            used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
+            self.counts.numpy()[:] = slots.size, num_active
             self._staging = staging[:used]  # never written again: a copy may still be under way
-            self._sent = self.arena[:used]
-            self._built = wanted
-        self._sent.copy_(self._staging, non_blocking=True)
+            self._built = tuple(np.array(values) for values in wanted)  # copies: the caller may write into its own
+        self.arena[: len(self._staging)].copy_(self._staging, non_blocking=True)
 
     def expect_any_step(self) -> None:
         """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""
-        self._built = []
-        self._counts[:] = self.max_tokens, 1
+        self._built = ()
+        self.counts.numpy()[:] = self.max_tokens, 1
 
-    def _check_size(self, slots: np.ndarray) -> None:
+    def _check(self, slots: np.ndarray) -> None:
         if slots.ndim != 1 or slots.size > self.max_tokens:
             raise ValueError(
                 f"token_slots has shape {slots.shape}, but this plan holds one dimension of at most "
                 f"{self.max_tokens} tokens: build the LoraPlan with a larger max_tokens"
             )
-
-    def _check_slots(self, slots: np.ndarray) -> None:
-        if (bad := self._loops.out_of_range(slots, self.max_slots)) >= 0:
+        if slots.size and (slots.min() < NO_ADAPTER or slots.max() >= self.max_slots):
+            bad = int(np.flatnonzero((slots < NO_ADAPTER) | (slots >= self.max_slots))[0])
             raise ValueError(
                 f"token {bad} has adapter slot {slots[bad]}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
             )
@@ -199,13 +186,62 @@ class LoraPlan:
             blank[offset : offset + length] = value
         return blank
 
-    def _fill(self, arena: np.ndarray, slots: np.ndarray, *extra: np.ndarray) -> tuple[int, int, int]:
+    def _fill(self, arena: np.ndarray, slots: np.ndarray, extra: Sequence[np.ndarray]) -> tuple[int, int, int]:
         """Write all sections; returns the used prefix of the arena, the groups and the active adapters."""
-        tiles, groups, num_active = self._loops.fill(arena, self._blank, self._starts, slots, self.max_slots)
+        arena[: self._blank.size] = self._blank
+        offsets = self.layout.offsets
+
+        def write(name: str, values: np.ndarray, first: int = 0) -> None:
+            start = offsets[name][0] + first
+            arena[start : start + len(values)] = values
+
+        order = slots.argsort(kind="stable")
+        counts = np.bincount(slots + 1, minlength=1)  # index 0: no adapter
+        groups = counts.nonzero()[0]
+        group_slots, tokens = groups - 1, counts[groups]
+        ends = tokens.cumsum()
+        num_active = groups.size - int(counts[0] > 0)
+        write("token_slots", slots)
+        write("order", order)
+        write("active_slots", group_slots)
+        write("tokens_per_slot", tokens)
+        write("slot_starts", ends, first=1)
         for i, values in enumerate(extra):
-            first, _ = self.layout.offsets[f"extra_{i}"]
-            arena[first : first + values.size] = values
-        return self._blank.size + tiles * TILE_ROWS[1], groups, num_active
+            write(f"extra_{i}", values)
+
+        small, large = TILE_ROWS
+        starts = ends - tokens
+        tiles = self._write_tiles(arena, large, order, group_slots, tokens, starts)
+        if slots.size > SMALL_BATCH:
+            order, counts = order[order < SMALL_BATCH], np.bincount(slots[:SMALL_BATCH] + 1)
+            group_slots, tokens = counts.nonzero()[0] - 1, counts[counts > 0]
+            starts = tokens.cumsum() - tokens
+        self._write_tiles(arena, small, order, group_slots, tokens, starts)
+        return self._blank.size + tiles * large, groups.size, num_active
+
+    def _write_tiles(self, arena: np.ndarray, rows: int, order: np.ndarray, group_slots, tokens, starts) -> int:
+        """Write the tiles of `order`, sorted by slot: for each group its slot, tokens and start. Returns how many."""
+        if not order.size:
+            return 0
+        group_tiles = (tokens + (rows - 1)) // rows
+        last_tiles = group_tiles.cumsum()
+        tiles = int(last_tiles[-1])
+        without = int(group_slots[0] == NO_ADAPTER)  # groups without adapter: none or the first
+        live = tiles - int(group_tiles[0]) * without
+        first_tiles = last_tiles - group_tiles - (tiles - live)
+        first_tiles[:without] = live
+        (first_slot, _), (first_row, _) = (self.layout.offsets[f"tile_{name}_{rows}"] for name in ("slots", "rows"))
+        tile_slots, tile_rows = arena[first_slot : first_slot + tiles], arena[first_row : first_row + tiles * rows]
+        tile_slots[:live] = group_slots[without:].repeat(group_tiles[without:])
+        tile_slots[live:] = NO_ADAPTER
+        tile_rows[:] = -1
+        tile_rows[self._numbers[: order.size] + (first_tiles * rows - starts).repeat(tokens)] = order
+        if rows == TILE_ROWS[0]:
+            live_rows = tile_rows[: live * rows].reshape(live, rows)
+            by_first_row = live_rows[:, 0].argsort()
+            tile_slots[:live] = tile_slots[by_first_row]
+            live_rows[:] = live_rows[by_first_row]
+        return tiles
 
 
 def plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import lora_ops.ops  # noqa: F401 (registers torch.ops.lora_ops)
-from lora_ops.plan import NO_ADAPTER, LoraPlan, compiled_loops, plan_args
+from lora_ops.plan import NO_ADAPTER, LoraPlan, plan_args
 from ops_patches import counters, state
 
 
@@ -33,12 +33,14 @@ def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) 
     Raises:
         ValueError: an adapter id that no slot holds.
     """
-    ids = np.fromiter(adapter_ids, np.int64, len(adapter_ids))
-    found, all_known = compiled_loops().slots_of_adapters(ids, *_slots_by_adapter(tuple(slot_to_adapter)))
-    if not all_known:
-        unknown = sorted(set(ids.tolist()) - {0, *slot_to_adapter})
+    ids = np.asarray(adapter_ids, dtype=np.int64)
+    known, slots = _slots_by_adapter(tuple(slot_to_adapter))
+    position = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    missing = known[position] != ids
+    if missing.any():
+        unknown = sorted({int(i) for i in ids[missing]})
         raise ValueError(f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first")
-    return found
+    return slots[position]
 
 
 class PlannedLora:
@@ -52,7 +54,6 @@ class PlannedLora:
         self.sampler_plan = LoraPlan(max_num_batched_tokens, max_loras, device)
         self._sampler_slots = np.empty(0, dtype=np.int32)
         self._plans_sampler = False
-        slots_of((), ())  # compiled now, not while serving
 
     def _update_plans(self, mapping: Any, slot_to_adapter: Sequence[int | None], vocab_size: int) -> None:
         """Plan of the tokens, with the row offset of each token's LoRA embedding; plan of the sampled positions."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_ops.plan import NO_ADAPTER, NO_TILE, SMALL_BATCH, TILE_ROWS, LoraPlan, compiled_loops, tile_count_bound
+from lora_ops.plan import NO_ADAPTER, NO_TILE, SMALL_BATCH, TILE_ROWS, LoraPlan, tile_count_bound
 from ops_configs.lora import tile_rows_for
 
 CASES = {  # tokens, max_tokens, slots, draw
@@ -166,21 +166,6 @@ def test_a_step_like_the_one_before_is_sent_but_not_built_again(monkeypatch):
         plan.update(slots, extra=[extra])
         assert plan.section("token_slots" if changed is slots else "extra_0")[0] == value
         changed[0] = before
-
-
-def test_nothing_is_compiled_twice():
-    """Whatever a caller gives as slots, the loops see arrays of one kind: a server's steps compile nothing."""
-    plan = LoraPlan(64, 4, "cpu", extra_tokens=1)
-    loops = [value for value in vars(compiled_loops()).values() if hasattr(value, "signatures")]
-    strided, frozen = np.arange(8)[::2] % 4, np.zeros(3, dtype=np.int32)
-    frozen.flags.writeable = False
-    before = [loop.signatures[:] for loop in loops]
-    assert len(loops) == 7
-    for slots in ([], [1], (0, -1), np.zeros(2, np.int64), strided, frozen, frozen):
-        plan.update(slots, extra=[np.asarray(slots) * 2])
-        assert plan.token_slots.tolist() == list(slots)
-    assert [loop.signatures for loop in loops] == before
-    assert all(len(loop.signatures) <= 1 for loop in loops)
 
 
 def test_buffers_do_not_move():
