@@ -16,7 +16,6 @@ import argparse
 import cProfile
 import functools
 import pstats
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar
+from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar, spread_table, spread_us
 
 COLUMNS = ["model", "layer", "tokens", "variant", "us", "us_p10", "us_p90"]
 COLUMNS += ["host_version", "gpu", "torch", "triton", "commit", "date"]
@@ -103,13 +102,7 @@ def print_profile(call: Call) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> Table:
-    result = Table("model", "layer", "tokens", "variant", title="us of CPU time a call", title_justify="left")
-    for name in ("median", "10 % to 90 %"):
-        result.add_column(name, justify="right")
-    for row in rows:
-        case = [str(row[name]) for name in ("model", "layer", "tokens", "variant")]
-        result.add_row(*case, row["us"], f"{row['us_p10']} to {row['us_p90']}")
-    return result
+    return spread_table("us of CPU time a call", ("model", "layer", "tokens"), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,10 +130,8 @@ def main(argv: list[str] | None = None) -> int:
                 calls = calls_of(argument, tokens)
                 where = {"host_version": version("vllm"), **origin(gpu, options.commit)}
                 for variant, samples in call_us(calls).items():
-                    deciles = statistics.quantiles(samples, n=10)
-                    us = zip(("us", "us_p10", "us_p90"), (f"{deciles[i]:.1f}" for i in (4, 0, 8)), strict=True)
                     case = {"model": model, "layer": layer, "tokens": tokens, "variant": variant}
-                    rows.append(case | dict(us) | where)
+                    rows.append(case | spread_us(samples) | where)
                     if options.profile:
                         progress.console.print(f"\n{model} {layer}, {tokens} tokens, {variant}:")
                         print_profile(calls[variant])

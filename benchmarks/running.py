@@ -7,6 +7,7 @@ import contextlib
 import csv
 import datetime
 import math
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -76,6 +78,23 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, str]]) -> N
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def spread_us(samples: list[float]) -> dict[str, str]:
+    """The columns us, us_p10 and us_p90: median and deciles of CPU times."""
+    deciles = statistics.quantiles(samples, n=10)
+    return {"us": f"{deciles[4]:.1f}", "us_p10": f"{deciles[0]:.1f}", "us_p90": f"{deciles[8]:.1f}"}
+
+
+def spread_table(title: str, case: tuple[str, ...], rows: list[dict[str, str]]) -> Table:
+    """Rows of `spread_us`, with the columns that name a case and its variant."""
+    result = Table(*case, title=title, title_justify="left")
+    for name in ("variant", "median", "10 % to 90 %"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        cells = [str(row[name]) for name in (*case, "variant")]
+        result.add_row(*cells, row["us"], f"{row['us_p10']} to {row['us_p90']}")
+    return result
 
 
 def progress_bar(console: Console) -> Progress:

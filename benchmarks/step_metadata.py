@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 import time
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from rich.console import Console
 from rich.table import Table
-from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar
+from running import RESULTS, append_rows, git_commit, origin, positive, progress_bar, spread_table, spread_us
 
 COLUMNS = ["requests", "adapters", "slots", "steps", "variant", "us", "us_p10", "us_p90"]
 COLUMNS += ["host_version", "gpu", "torch", "triton", "commit", "date"]
@@ -63,13 +62,7 @@ def step_us(wrapper, mappings: list, slot_to_adapter: list[int | None]) -> list[
 
 
 def table(rows: list[dict[str, str]]) -> Table:
-    result = Table("requests", "adapters", "slots", "steps", title="us of CPU time a step", title_justify="left")
-    for name in ("variant", "median", "10 % to 90 %"):
-        result.add_column(name, justify="right")
-    for row in rows:
-        case = [str(row[name]) for name in ("requests", "adapters", "slots", "steps", "variant")]
-        result.add_row(*case, row["us"], f"{row['us_p10']} to {row['us_p90']}")
-    return result
+    return spread_table("us of CPU time a step", ("requests", "adapters", "slots", "steps"), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,11 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             for steps, chosen in (("changed", mappings), ("same", mappings[:1])):
                 for variant, wrapper in both.items():
                     progress.update(task, description=f"{requests} requests, {steps}, {variant}")
-                    deciles = statistics.quantiles(step_us(wrapper, chosen, slot_to_adapter), n=10)
+                    us = spread_us(step_us(wrapper, chosen, slot_to_adapter))
                     case = {"requests": requests, "adapters": options.adapters, "slots": slots, "steps": steps}
-                    us = zip(("us", "us_p10", "us_p90"), (f"{deciles[i]:.1f}" for i in (4, 0, 8)), strict=True)
                     where = {"host_version": version("vllm"), **origin(gpu, options.commit)}
-                    rows.append(case | {"variant": variant} | dict(us) | where)
+                    rows.append(case | {"variant": variant} | us | where)
                     progress.advance(task)
     append_rows(path, COLUMNS, rows)
     console.print(table(rows))

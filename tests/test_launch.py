@@ -19,7 +19,7 @@ from ops_configs import files, store
 from ops_patches.launch import Prepared, cdiv, kinds, power_of_two, prepared
 from ops_patches.library import INTERPRET
 
-from .test_kernels_compile import FP8_BLOCKS, StandIn, empty, lora_layer, moe_layer, plan_tiles, run_lora, written
+from .test_kernels_compile import FP8_BLOCKS, HALF, StandIn, empty, lora_layer, moe_layer, plan_tiles, run_lora, written
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: the interpreter compiles nothing"),
@@ -106,7 +106,6 @@ def lora_rows(rows: int) -> None:
         run_lora(lora_layer("down", 16, rows), tiles)
 
 
-HALF = (torch.arange(128) - 64).clamp(min=-1)
 BATCHES = {
     "lora": lambda: lora_batch(300),
     "lora, rows and segments": lambda: lora_rows(40),
