@@ -23,10 +23,10 @@ format: setup
 	@$(VENV_PYTHON) -m ruff format --quiet .
 
 test-gpu:  ## in an environment with a CUDA GPU, see CONTRIBUTING.md
-	@python=$$(scripts/gpu_python.sh torch triton) && $$python -m pytest -q -rs tests/kernels tests/gpu
+	@python=$$(scripts/gpu_python.sh torch triton numba) && $$python -m pytest -q -rs tests/kernels tests/gpu
 
 bench:  ## checks without timing where there is no GPU; options in ARGS="--quick"
-	@python=$$(scripts/gpu_python.sh torch triton 2>/dev/null) || { scripts/setup_cpu.sh && python=$(VENV_PYTHON); } && \
+	@python=$$(scripts/gpu_python.sh torch triton numba 2>/dev/null) || { scripts/setup_cpu.sh && python=$(VENV_PYTHON); } && \
 	$$python benchmarks/ops_speed.py $(ARGS)
 
 setup:

@@ -137,7 +137,7 @@ def plan_fits(op: str, weight: torch.Tensor, layout: Sequence[int], arena: torch
         raise ValueError(f"{op}: the plan is on {arena.device}, the weights are on {weight.device}: build it there")
     if arena.shape != (plan_layout(*layout).size,):
         raise ValueError(
-            f"{op}: the plan's arena has shape {tuple(arena.shape)}, but max_tokens, max_slots and extra_tokens of "
+            f"{op}: the plan's arena has shape {tuple(arena.shape)}, but max_tokens, max_slots and has_offsets of "
             f"{list(layout)} make {plan_layout(*layout).size} elements: they must be of one LoraPlan"
         )
     max_slots = layout[1]

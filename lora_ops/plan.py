@@ -9,6 +9,7 @@ Sections of the arena (int32), L = max_slots, M = max_tokens:
     active_slots     [L + 1]   the distinct slots, ascending, padded with -1
     tokens_per_slot  [L + 1]   tokens of each active slot, padded with 0
     slot_starts      [L + 2]   first position of each active slot in `order`, then num_tokens, padded with 0
+    offsets          [M]       max(slot, 0) * slot_stride of each token, padded with 0; of plans that were asked for it
     tile_slots_R     [T_R]     slot of each tile of R rows, -1 = rows without adapter, -2 = no tile
     tile_rows_R      [T_R, R]  token of each row of the tile, -1 = padding
 
@@ -33,7 +34,8 @@ import torch
 from ops_configs.lora import TILE_ROWS
 from ops_configs.store import SMALL_BATCH
 
-NO_ADAPTER = -1
+from .fill import NO_ADAPTER, compiled, fill
+
 NO_TILE = -2
 
 
@@ -56,8 +58,8 @@ class PlanLayout:
 
 
 @lru_cache
-def plan_layout(max_tokens: int, max_slots: int, extra_tokens: int = 0) -> PlanLayout:
-    """Layout of a plan; `extra_tokens` counts per-token sections that the owner of the plan adds.
+def plan_layout(max_tokens: int, max_slots: int, has_offsets: bool = False) -> PlanLayout:
+    """Layout of a plan.
 
     Sections that grow with the step's tokens and are seldom full stand last: a step copies a prefix of the arena.
     """
@@ -73,7 +75,7 @@ def plan_layout(max_tokens: int, max_slots: int, extra_tokens: int = 0) -> PlanL
         "tile_rows_16": caps[16] * 16,
         "token_slots": max_tokens,
         "order": max_tokens,
-        **{f"extra_{i}": max_tokens for i in range(extra_tokens)},
+        "offsets": max_tokens if has_offsets else 0,
         "tile_rows_64": caps[64] * 64,
     }
     offsets, position = {}, 0
@@ -83,6 +85,60 @@ def plan_layout(max_tokens: int, max_slots: int, extra_tokens: int = 0) -> PlanL
     return PlanLayout(offsets, position)
 
 
+class Staging:
+    """Memory of the host that a step's plan is written to and copied from; pinned where the copy is one to a GPU.
+
+    Attributes:
+        values: int32, laid out as the arena.
+        used: int64, see `fill`.
+    """
+
+    def __init__(self, size: int, blank: np.ndarray, on_gpu: bool) -> None:
+        self._memory = torch.empty(size, dtype=torch.int32, pin_memory=on_gpu)
+        self.values = self._memory.numpy()
+        self.values[: blank.size] = blank
+        self.used = np.zeros(9, dtype=np.int64)
+        self._source = self._target = self._memory[:0]
+
+    def expect(self, arena: torch.Tensor, length: int) -> None:
+        """The first `length` elements are what `send` copies to the arena."""
+        if len(self._source) != length:
+            self._source, self._target = self._memory[:length], arena[:length]
+
+    def send(self) -> None:
+        self._target.copy_(self._source, non_blocking=True)
+
+
+class StagingPool:
+    """Stagings whose copies may still be under way, and free ones; waits for no copy.
+
+    One event stands for the copies of all stagings that were taken before it: recording one takes several microseconds
+    of each step. Until it is through, more memory is taken.
+    """
+
+    SPARE = 8
+    """Stagings made at once: as many steps share an event."""
+
+    def __init__(self, size: int, blank: np.ndarray, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._make = lambda: Staging(size, blank, on_gpu)
+        self._device = device
+        self._event = torch.cuda.Event() if on_gpu else None
+        self._free = [self._make() for _ in range(self.SPARE if on_gpu else 1)]
+        self._before_event: list[Staging] = []
+        self._taken: list[Staging] = []
+
+    def take(self) -> Staging:
+        """A staging that no copy reads any more. Those taken before are sent no more."""
+        if not self._free and (self._event is None or self._event.query()):
+            self._free, self._before_event, self._taken = self._before_event, self._taken, []
+            if self._event is not None:
+                self._event.record(torch.cuda.current_stream(self._device))
+        staging = self._free.pop() if self._free else self._make()
+        self._taken.append(staging)
+        return staging
+
+
 class LoraPlan:
     """Tokens of a step grouped by adapter slot, on the device, in buffers that never move.
 
@@ -90,7 +146,7 @@ class LoraPlan:
         max_tokens: most rows that a step can have.
         max_slots: adapter slots of the weights (first dimension of lora_a and lora_b).
         device: where the kernels run.
-        extra_tokens: int32 sections of max_tokens elements that the owner fills through `update(..., extra=...)`.
+        has_offsets: whether there is a section `offsets`.
 
     Attributes:
         arena: int32 device tensor that holds every section.
@@ -98,19 +154,23 @@ class LoraPlan:
             torch.compile treats the numbers as data and an op can leave early without a sync.
     """
 
-    def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str, extra_tokens: int = 0) -> None:
+    def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str, has_offsets: bool = False) -> None:
         if max_tokens < 1 or max_slots < 1:
             raise ValueError(f"LoraPlan needs max_tokens >= 1 and max_slots >= 1, got {max_tokens} and {max_slots}")
         self.max_tokens = max_tokens
         self.max_slots = max_slots
-        self.extra_tokens = extra_tokens
+        self.has_offsets = has_offsets
         self.device = torch.device(device)
-        self.layout = plan_layout(max_tokens, max_slots, extra_tokens)
+        self.layout = plan_layout(max_tokens, max_slots, has_offsets)
         self.counts = torch.zeros(2, dtype=torch.int32)
+        self._counts = self.counts.numpy()
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
-        self._numbers = np.arange(max_tokens)
+        self._starts = tuple(start if length else -1 for start, length in self.layout.offsets.values())
         self._blank = self._make_blank()
-        self._built: tuple[np.ndarray, ...] = ()
+        self._pool = StagingPool(self.layout.size, self._blank, self.device)
+        self._on_gpu = self.device.type == "cuda"
+        self._fill = compiled() if self._on_gpu else fill
+        self._built: tuple[bytes, int] | None = None
         self.update(())
 
     def section(self, name: str) -> torch.Tensor:
@@ -119,11 +179,11 @@ class LoraPlan:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.counts[0])
+        return int(self._counts[0])
 
     @property
     def num_active(self) -> int:
-        return int(self.counts[1])
+        return int(self._counts[1])
 
     @property
     def num_groups(self) -> int:
@@ -135,7 +195,7 @@ class LoraPlan:
         """int32 [num_tokens]: slot of each token of the step, -1 = no adapter."""
         return self.section("token_slots")[: self.num_tokens]
 
-    def update(self, token_slots: Sequence[int] | np.ndarray, extra: Sequence[np.ndarray] = ()) -> None:
+    def update(self, token_slots: Sequence[int] | np.ndarray, slot_stride: int = 0) -> None:
         """Build the plan of a step on the CPU and send it to the device with one copy, without a sync.
 
         A step like the one before, as most decode steps are, is not built again; it is sent again, for whoever owns the
@@ -143,38 +203,45 @@ class LoraPlan:
 
         Args:
             token_slots: slot of each token, -1 = no adapter; at most max_tokens.
-            extra: one int32 array of at most max_tokens elements for each extra section.
+            slot_stride: what the offsets of two slots differ by, where the plan has offsets.
 
         Raises:
             ValueError: too many tokens, or a slot outside -1..max_slots-1.
+            RuntimeError: a CUDA graph is being captured, which would replay the plan of this step.
         """
-        slots = np.asarray(token_slots, dtype=np.int32)
-        wanted = (slots, *extra)
-        if len(wanted) != len(self._built) or not all(map(np.array_equal, wanted, self._built)):
-            self._check(slots)
-            staging = torch.empty(self.layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-            used, self._num_groups, num_active = self._fill(staging.numpy(), slots, extra)
-            self.counts.numpy()[:] = slots.size, num_active
-            self._staging = staging[:used]  # never written again: a copy may still be under way
-            self._built = tuple(np.array(values) for values in wanted)  # copies: the caller may write into its own
-        self.arena[: len(self._staging)].copy_(self._staging, non_blocking=True)
-
-    def expect_any_step(self) -> None:
-        """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""
-        self._built = ()
-        self.counts.numpy()[:] = self.max_tokens, 1
-
-    def _check(self, slots: np.ndarray) -> None:
+        slots = np.array(token_slots, dtype=np.int32)  # a copy: contiguous and writable, as the compiled loop takes it
         if slots.ndim != 1 or slots.size > self.max_tokens:
             raise ValueError(
                 f"token_slots has shape {slots.shape}, but this plan holds one dimension of at most "
                 f"{self.max_tokens} tokens: build the LoraPlan with a larger max_tokens"
             )
-        if slots.size and (slots.min() < NO_ADAPTER or slots.max() >= self.max_slots):
-            bad = int(np.flatnonzero((slots < NO_ADAPTER) | (slots >= self.max_slots))[0])
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a LoraPlan was updated while a CUDA graph is captured: update it before each replay")
+        wanted = (slots.tobytes(), slot_stride)
+        if wanted != self._built:
+            self._built = None
+            self._build(slots, slot_stride)
+            self._built = wanted
+        self._staging.send()
+
+    def _build(self, slots: np.ndarray, slot_stride: int) -> None:
+        """Write the step into memory that no copy reads."""
+        staging = self._pool.take()
+        tiles, groups, num_active, bad = self._fill(
+            staging.values, self._blank, staging.used, self._starts, slots, self.max_slots, slot_stride
+        )
+        if bad >= 0:
             raise ValueError(
                 f"token {bad} has adapter slot {slots[bad]}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
             )
+        staging.expect(self.arena, self._blank.size + tiles * TILE_ROWS[1])
+        self._staging, self._num_groups = staging, groups
+        self._counts[:] = slots.size, num_active
+
+    def expect_any_step(self) -> None:
+        """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""
+        self._built = None
+        self._counts[:] = self.max_tokens, 1
 
     def _make_blank(self) -> np.ndarray:
         """What every section holds beyond a step's values, up to tile_rows_64, which a step fills as far as it goes."""
@@ -186,64 +253,7 @@ class LoraPlan:
             blank[offset : offset + length] = value
         return blank
 
-    def _fill(self, arena: np.ndarray, slots: np.ndarray, extra: Sequence[np.ndarray]) -> tuple[int, int, int]:
-        """Write all sections; returns the used prefix of the arena, the groups and the active adapters."""
-        arena[: self._blank.size] = self._blank
-        offsets = self.layout.offsets
-
-        def write(name: str, values: np.ndarray, first: int = 0) -> None:
-            start = offsets[name][0] + first
-            arena[start : start + len(values)] = values
-
-        order = slots.argsort(kind="stable")
-        counts = np.bincount(slots + 1, minlength=1)  # index 0: no adapter
-        groups = counts.nonzero()[0]
-        group_slots, tokens = groups - 1, counts[groups]
-        ends = tokens.cumsum()
-        num_active = groups.size - int(counts[0] > 0)
-        write("token_slots", slots)
-        write("order", order)
-        write("active_slots", group_slots)
-        write("tokens_per_slot", tokens)
-        write("slot_starts", ends, first=1)
-        for i, values in enumerate(extra):
-            write(f"extra_{i}", values)
-
-        small, large = TILE_ROWS
-        starts = ends - tokens
-        tiles = self._write_tiles(arena, large, order, group_slots, tokens, starts)
-        if slots.size > SMALL_BATCH:
-            order, counts = order[order < SMALL_BATCH], np.bincount(slots[:SMALL_BATCH] + 1)
-            group_slots, tokens = counts.nonzero()[0] - 1, counts[counts > 0]
-            starts = tokens.cumsum() - tokens
-        self._write_tiles(arena, small, order, group_slots, tokens, starts)
-        return self._blank.size + tiles * large, groups.size, num_active
-
-    def _write_tiles(self, arena: np.ndarray, rows: int, order: np.ndarray, group_slots, tokens, starts) -> int:
-        """Write the tiles of `order`, sorted by slot: for each group its slot, tokens and start. Returns how many."""
-        if not order.size:
-            return 0
-        group_tiles = (tokens + (rows - 1)) // rows
-        last_tiles = group_tiles.cumsum()
-        tiles = int(last_tiles[-1])
-        without = int(group_slots[0] == NO_ADAPTER)  # groups without adapter: none or the first
-        live = tiles - int(group_tiles[0]) * without
-        first_tiles = last_tiles - group_tiles - (tiles - live)
-        first_tiles[:without] = live
-        (first_slot, _), (first_row, _) = (self.layout.offsets[f"tile_{name}_{rows}"] for name in ("slots", "rows"))
-        tile_slots, tile_rows = arena[first_slot : first_slot + tiles], arena[first_row : first_row + tiles * rows]
-        tile_slots[:live] = group_slots[without:].repeat(group_tiles[without:])
-        tile_slots[live:] = NO_ADAPTER
-        tile_rows[:] = -1
-        tile_rows[self._numbers[: order.size] + (first_tiles * rows - starts).repeat(tokens)] = order
-        if rows == TILE_ROWS[0]:
-            live_rows = tile_rows[: live * rows].reshape(live, rows)
-            by_first_row = live_rows[:, 0].argsort()
-            tile_slots[:live] = tile_slots[by_first_row]
-            live_rows[:] = live_rows[by_first_row]
-        return tiles
-
 
 def plan_args(plan: LoraPlan) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """A plan as the ops of torch.ops.lora_ops take it: arena, counts, layout."""
-    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, plan.extra_tokens]
+    return plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, int(plan.has_offsets)]

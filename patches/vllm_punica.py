@@ -19,12 +19,9 @@ from ops_patches import counters, state
 
 
 @functools.lru_cache(maxsize=8)
-def _slots_by_adapter(slot_to_adapter: tuple[int | None, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Adapter ids in ascending order, 0 = no adapter among them, and the slot of each."""
-    held = [(adapter, slot) for slot, adapter in enumerate(slot_to_adapter) if adapter is not None]
-    held.append((0, NO_ADAPTER))
-    known, slots = zip(*sorted(held), strict=True)
-    return np.array(known, dtype=np.int64), np.array(slots, dtype=np.int32)
+def _slots_by_adapter(slot_to_adapter: tuple[int | None, ...]) -> dict[int, int]:
+    """The slot of each adapter that one holds, and none of 0 = no adapter."""
+    return {adapter: slot for slot, adapter in enumerate(slot_to_adapter) if adapter is not None} | {0: NO_ADAPTER}
 
 
 def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) -> np.ndarray:
@@ -33,14 +30,14 @@ def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) 
     Raises:
         ValueError: an adapter id that no slot holds.
     """
-    ids = np.asarray(adapter_ids, dtype=np.int64)
-    known, slots = _slots_by_adapter(tuple(slot_to_adapter))
-    position = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-    missing = known[position] != ids
-    if missing.any():
-        unknown = sorted({int(i) for i in ids[missing]})
-        raise ValueError(f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first")
-    return slots[position]
+    slots = _slots_by_adapter(tuple(slot_to_adapter))
+    try:
+        return np.fromiter(map(slots.__getitem__, adapter_ids), np.int32, len(adapter_ids))
+    except KeyError:
+        unknown = sorted(set(adapter_ids) - slots.keys())
+        raise ValueError(
+            f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first"
+        ) from None
 
 
 class PlannedLora:
@@ -50,7 +47,7 @@ class PlannedLora:
     sampler_plan: LoraPlan
 
     def _make_plans(self, max_num_batched_tokens: int, max_loras: int, device: torch.device | str) -> None:
-        self.plan = LoraPlan(max_num_batched_tokens, max_loras, device, extra_tokens=1)
+        self.plan = LoraPlan(max_num_batched_tokens, max_loras, device, has_offsets=True)
         self.sampler_plan = LoraPlan(max_num_batched_tokens, max_loras, device)
         self._sampler_slots = np.empty(0, dtype=np.int32)
         self._plans_sampler = False
@@ -58,7 +55,7 @@ class PlannedLora:
     def _update_plans(self, mapping: Any, slot_to_adapter: Sequence[int | None], vocab_size: int) -> None:
         """Plan of the tokens, with the row offset of each token's LoRA embedding; plan of the sampled positions."""
         slots = slots_of(mapping.index_mapping, slot_to_adapter)
-        self.plan.update(slots, extra=(np.maximum(slots, 0) * vocab_size,))
+        self.plan.update(slots, vocab_size)
         if mapping.prompt_mapping == mapping.index_mapping:  # decode: every token is sampled
             self._sampler_slots = slots
         else:

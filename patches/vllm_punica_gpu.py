@@ -33,9 +33,10 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
         meta.active_lora_ids = self.plan.section("active_slots")
         meta.num_tokens_per_lora = self.plan.section("tokens_per_slot")
         meta.lora_token_start_loc = self.plan.section("slot_starts")
+        self._no_lora, self._num_active = meta.no_lora_flag_cpu.numpy(), meta.num_active_loras_cpu.numpy()
         self._token_lora_indices = self.plan.section("token_slots")
         self._sampler_indices = self.sampler_plan.section("token_slots")
-        offsets = self.plan.section("extra_0")
+        offsets = self.plan.section("offsets")
         self._embeddings_indices = offsets.unsqueeze(0).expand(2, -1) if self._embeddings_indices.ndim == 2 else offsets
 
     def update_metadata(self, mapping, lora_index_to_id, max_loras: int, vocab_size: int, **kwargs) -> None:
@@ -43,13 +44,13 @@ class LoraOpsPunicaWrapperGPU(PlannedLora, PunicaWrapperGPU):
         self.is_prefill = mapping.is_prefill
         self._update_plans(mapping, lora_index_to_id, vocab_size)
         self.indices_len[:2] = self.plan.num_tokens, self._sampler_slots.size
-        meta = self.token_mapping_meta
-        groups = self.plan.num_groups
-        meta.no_lora_flag_cpu[0] = self.plan.num_active == 0
-        larger = bisect.bisect_left(meta.captured_lora_counts, groups)
-        if self.plan.num_active and larger < len(meta.captured_lora_counts):
-            groups = meta.captured_lora_counts[larger]
-        meta.num_active_loras_cpu[0] = groups if self.plan.num_active else 0
+        groups, counts = self.plan.num_groups, self.token_mapping_meta.captured_lora_counts
+        active = self.plan.num_active > 0
+        larger = bisect.bisect_left(counts, groups)
+        if larger < len(counts):
+            groups = counts[larger]
+        self._no_lora[0] = not active
+        self._num_active[0] = groups if active else 0
 
     def moe_lora_align_block_size(self, *args, **kwargs):
         counters.fallback("moe_lora_align_block_size", MOE_REASON)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_ops.fill import compiled
 from lora_ops.plan import NO_ADAPTER, NO_TILE, SMALL_BATCH, TILE_ROWS, LoraPlan, tile_count_bound
 from ops_configs.lora import tile_rows_for
 
@@ -35,8 +36,21 @@ def draw_slots(tokens: int, slots: int, draw: str, rng: np.random.Generator) -> 
     return rng.integers(-1, slots, tokens)
 
 
+def numba_loop():
+    """The loop of plans on a GPU, not yet compiled."""
+    return compiled.__wrapped__()
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def loops(request, monkeypatch) -> None:
+    """Plans of this test run the loop as plans on the CPU do, and as those on a GPU do."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+        monkeypatch.setattr("lora_ops.plan.fill", compiled())
+
+
 @pytest.fixture(params=CASES.items(), ids=lambda case: case[0])
-def planned(request) -> tuple[LoraPlan, np.ndarray]:
+def planned(request, loops) -> tuple[LoraPlan, np.ndarray]:
     tokens, max_tokens, slots, draw = request.param[1]
     rng = np.random.default_rng()
     plan = LoraPlan(max_tokens, slots, "cpu")
@@ -142,30 +156,106 @@ def test_tile_bound_is_reached(rows):
         assert worst <= tile_count_bound(tokens, slots, rows) <= worst + 1
 
 
-def test_extra_sections_are_filled_and_padded():
-    plan = LoraPlan(10, 3, "cpu", extra_tokens=1)
-    plan.update([2] * 10, extra=[np.full(10, 7)])
-    plan.update([0, -1, 2], extra=[np.array([5, 0, 9])])
-    assert plan.section("extra_0").tolist() == [5, 0, 9] + [0] * 7
+def test_offsets_are_filled_and_padded(loops):
+    plan = LoraPlan(10, 4, "cpu", has_offsets=True)
+    plan.update([2] * 10, 7)
+    plan.update([0, -1, 3], 100)
+    assert plan.section("offsets").tolist() == [0, 0, 300] + [0] * 7
 
 
 def test_a_step_like_the_one_before_is_sent_but_not_built_again(monkeypatch):
-    plan = LoraPlan(10, 3, "cpu", extra_tokens=1)
-    slots, extra = np.array([2, 0, 2]), np.array([4, 5, 6])
-    plan.update(slots, extra=[extra])
-    names = ("token_slots", "extra_0", "tile_slots_16", "tile_rows_16", "order")
+    plan = LoraPlan(10, 3, "cpu", has_offsets=True)
+    slots = np.array([2, 0, 2])
+    plan.update(slots, 5)
+    names = ("token_slots", "offsets", "tile_slots_16", "tile_rows_16", "order")
     expected = [plan.section(name).clone() for name in names]
     plan.arena.fill_(-7)  # the memory was dropped and mapped again
     with monkeypatch.context() as patch:
         patch.setattr(plan, "_fill", None)
-        plan.update(slots.copy(), extra=[extra.copy()])
+        plan.update(slots.copy(), 5)
     assert all(torch.equal(plan.section(name), old) for name, old in zip(names, expected, strict=True))
-    for changed, value in ((slots, 1), (extra, 9)):  # in the caller's own array, too
-        before = changed[0]
-        changed[0] = value
-        plan.update(slots, extra=[extra])
-        assert plan.section("token_slots" if changed is slots else "extra_0")[0] == value
-        changed[0] = before
+    slots[0] = 1  # in the caller's own array
+    plan.update(slots, 5)
+    assert plan.token_slots.tolist() == [1, 0, 2]
+    plan.update(slots, 9)
+    assert plan.section("offsets")[:3].tolist() == [9, 0, 18]
+
+
+def test_nothing_is_compiled_twice(monkeypatch):
+    """Whatever a caller gives as slots, the loop sees arrays of one kind: a server's steps compile nothing."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr("lora_ops.plan.fill", loop := numba_loop())
+    plan, without_offsets = LoraPlan(64, 4, "cpu", has_offsets=True), LoraPlan(8, 2, "cpu")
+    strided, frozen = np.arange(8)[::2] % 4, np.zeros(3, dtype=np.int32)
+    frozen.flags.writeable = False
+    for slots in ([], [1], (0, -1), np.zeros(2, np.int64), strided, frozen, frozen):
+        plan.update(slots, 10)
+        assert plan.token_slots.tolist() == list(slots)
+    without_offsets.update([1])
+    assert len(loop.signatures) == 1
+
+
+class Copies:
+    """Stands in for the event of copies to a GPU."""
+
+    def __init__(self):
+        self.through = True
+        self.records = 0
+
+    def query(self) -> bool:
+        return self.through
+
+    def record(self, stream) -> None:
+        self.through = False
+        self.records += 1
+
+
+def test_memory_is_written_again_once_its_copy_is_through(monkeypatch):
+    """Steps that the GPU is behind with keep theirs, and one event stands for many."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    plan = LoraPlan(40, 3, "cpu")
+    pool, event = plan._pool, Copies()
+    pool._event, pool._free = event, [pool._make() for _ in range(pool.SPARE)]
+    unread = {}  # by staging: what the GPU has not read yet, and how many events were recorded when it was sent
+
+    def step() -> None:
+        if event.through:
+            for staging in [staging for staging, (_, records) in unread.items() if records < event.records]:
+                del unread[staging]
+        plan.update(np.random.default_rng().integers(-1, 3, 30))
+        for staging, (values, _) in unread.items():
+            np.testing.assert_array_equal(staging.values, values)
+        assert plan._staging not in unread
+        unread[plan._staging] = plan._staging.values.copy(), event.records
+        plan.update(plan.token_slots.numpy().copy())  # sent again
+
+    for _ in range(40):  # the GPU is behind
+        step()
+    assert len(unread) == 40
+    event.through = True
+    for _ in range(400):  # and now keeps up
+        step()
+        event.through = True
+    records = event.records
+    for _ in range(400):
+        step()
+        event.through = True
+    assert event.records - records <= 2 * 400 / pool.SPARE + 1
+    assert len(pool._free) + len(pool._taken) + len(pool._before_event) <= 40 + pool.SPARE + 1
+
+
+def test_a_step_of_bad_slots_is_followed_by_one_that_is_built():
+    """Whoever sends memory again that was not the last taken would send while another step writes it."""
+    plan = LoraPlan(8, 4, "cpu")
+    plan.update([1, 2])
+    with pytest.raises(ValueError, match="slot 9"):
+        plan.update([9])
+    before = plan._staging
+    plan.update([1, 2])
+    assert plan._built is not None
+    assert plan._staging is plan._pool._taken[-1]
+    assert plan._staging is not before or len(plan._pool._taken) == 1
+    assert plan.token_slots.tolist() == [1, 2]
 
 
 def test_buffers_do_not_move():
