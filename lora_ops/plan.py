@@ -24,9 +24,9 @@ step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class PlanLayout:
         return arena[offset : offset + length]
 
 
-@lru_cache
+@functools.lru_cache
 def plan_layout(max_tokens: int, max_slots: int, has_offsets: bool = False) -> PlanLayout:
     """Layout of a plan.
 
@@ -112,31 +112,33 @@ class Staging:
 class StagingPool:
     """Stagings whose copies may still be under way, and free ones; waits for no copy.
 
-    One event stands for the copies of all stagings that were taken before it: recording one takes several microseconds
-    of each step. Until it is through, more memory is taken.
+    One event stands for the copies of all stagings that were sent before it, for recording one takes several
+    microseconds: it is recorded when none is free any more, and those before the last one are free if that is through.
     """
 
     SPARE = 8
-    """Stagings made at once: as many steps share an event."""
+    """Stagings made at once: as many steps go without an event."""
 
     def __init__(self, size: int, blank: np.ndarray, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._make = lambda: Staging(size, blank, on_gpu)
+        self._make = functools.partial(Staging, size, blank, on_gpu)
         self._device = device
         self._event = torch.cuda.Event() if on_gpu else None
         self._free = [self._make() for _ in range(self.SPARE if on_gpu else 1)]
         self._before_event: list[Staging] = []
-        self._taken: list[Staging] = []
+        self._sent: list[Staging] = []
 
     def take(self) -> Staging:
-        """A staging that no copy reads any more. Those taken before are sent no more."""
+        """A staging that no copy reads any more, to be written and given to `sends`; no other is sent until then."""
         if not self._free and (self._event is None or self._event.query()):
-            self._free, self._before_event, self._taken = self._before_event, self._taken, []
+            self._free, self._before_event, self._sent = self._before_event, self._sent, []
             if self._event is not None:
                 self._event.record(torch.cuda.current_stream(self._device))
-        staging = self._free.pop() if self._free else self._make()
-        self._taken.append(staging)
-        return staging
+        return self._free.pop() if self._free else self._make()
+
+    def sends(self, staging: Staging) -> None:
+        """It is whole, and sent until the next `take`. One that failed to be written is not given back."""
+        self._sent.append(staging)
 
 
 class LoraPlan:
@@ -152,6 +154,8 @@ class LoraPlan:
         arena: int32 device tensor that holds every section.
         counts: int32 CPU tensor [2]: tokens of the step, active adapters of the step. A CPU tensor, so that
             torch.compile treats the numbers as data and an op can leave early without a sync.
+
+    One thread updates a plan. A copy of one, or one that was pickled, is a new plan of no tokens.
     """
 
     def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str, has_offsets: bool = False) -> None:
@@ -167,11 +171,14 @@ class LoraPlan:
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
         self._starts = tuple(start if length else -1 for start, length in self.layout.offsets.values())
         self._blank = self._make_blank()
-        self._pool = StagingPool(self.layout.size, self._blank, self.device)
+        self._pool = StagingPool(self.layout.size, self._blank, self.arena.device)
         self._on_gpu = self.device.type == "cuda"
         self._fill = compiled() if self._on_gpu else fill
         self._built: tuple[bytes, int] | None = None
         self.update(())
+
+    def __reduce__(self) -> tuple:
+        return LoraPlan, (self.max_tokens, self.max_slots, self.device, self.has_offsets)
 
     def section(self, name: str) -> torch.Tensor:
         """A whole section of the arena (see the module docstring), a view that never moves."""
@@ -206,7 +213,7 @@ class LoraPlan:
             slot_stride: what the offsets of two slots differ by, where the plan has offsets.
 
         Raises:
-            ValueError: too many tokens, or a slot outside -1..max_slots-1.
+            ValueError: too many tokens, a slot outside -1..max_slots-1, or offsets that do not fit into int32.
             RuntimeError: a CUDA graph is being captured, which would replay the plan of this step.
         """
         slots = np.array(token_slots, dtype=np.int32)  # a copy: contiguous and writable, as the compiled loop takes it
@@ -226,6 +233,10 @@ class LoraPlan:
 
     def _build(self, slots: np.ndarray, slot_stride: int) -> None:
         """Write the step into memory that no copy reads."""
+        if not 0 <= (self.max_slots - 1) * slot_stride < 2**31:
+            raise ValueError(
+                f"slot_stride is {slot_stride}, with which offsets of {self.max_slots} slots do not fit into int32"
+            )
         staging = self._pool.take()
         tiles, groups, num_active, bad = self._fill(
             staging.values, self._blank, staging.used, self._starts, slots, self.max_slots, slot_stride
@@ -234,6 +245,7 @@ class LoraPlan:
             raise ValueError(
                 f"token {bad} has adapter slot {slots[bad]}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
             )
+        self._pool.sends(staging)
         staging.expect(self.arena, self._blank.size + tiles * TILE_ROWS[1])
         self._staging, self._num_groups = staging, groups
         self._counts[:] = slots.size, num_active

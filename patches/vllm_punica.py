@@ -34,7 +34,7 @@ def slots_of(adapter_ids: Sequence[int], slot_to_adapter: Sequence[int | None]) 
     try:
         return np.fromiter(map(slots.__getitem__, adapter_ids), np.int32, len(adapter_ids))
     except KeyError:
-        unknown = sorted(set(adapter_ids) - slots.keys())
+        unknown = sorted({int(adapter) for adapter in adapter_ids} - slots.keys())
         raise ValueError(
             f"tokens use adapters {unknown}, but the slots hold {slot_to_adapter}: activate them first"
         ) from None

@@ -26,3 +26,8 @@ def test_unknown_adapters_are_named(ids):
     unknown = sorted(set(ids) - {0, 1, 3})
     with pytest.raises(ValueError, match=rf"adapters \{unknown}, but the slots hold \(3, None, 1\): activate"):
         slots_of(ids, (3, None, 1))
+
+
+def test_unknown_numpy_adapters_are_named():
+    with pytest.raises(ValueError, match=r"adapters \[9\], but"):
+        slots_of(np.array([1, 9]), (3, None, 1))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_ops.fill import compiled
 from lora_ops.plan import NO_TILE, LoraPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -23,6 +24,8 @@ def sent(plan: LoraPlan, arena: torch.Tensor) -> list[int]:
 def test_each_step_of_a_burst_has_its_own_plan():
     rng = np.random.default_rng()
     plan = LoraPlan(TOKENS, SLOTS, "cuda", has_offsets=True)
+    assert plan._fill is compiled()
+    assert plan._staging._memory.is_pinned()
     on_cpu = LoraPlan(TOKENS, SLOTS, "cpu", has_offsets=True)
     for steps in (3, 40, 1, 9, 100, 17, 8, 60):
         torch.cuda._sleep(CYCLES)
