@@ -61,7 +61,7 @@ WITHOUT_PLAN = [
     | {"gated": False, "apply_router_weight_on_input": True},
     Case("a few choices, interleaved", tokens=6, experts=17, bias=True) | SWIGLU | {"interleaved": True},
     Case("a few choices, scaled", tokens=6, experts=13, hidden=272, inner=136) | {"routed_scaling": 2.5},
-    Case("as many choices as a plan is left out for", tokens=32, experts=256, top_k=8, hidden=40, inner=24),
+    Case("as many choices as a plan is left out for", tokens=32, experts=256, top_k=8, hidden=24, inner=12),
 ]
 """Batches whose tiles find their rows by themselves."""
 CASES = [
