@@ -24,7 +24,7 @@ from ops_patches.vllm_lora import VLLM_LORA
 from ops_patches.vllm_moe import VLLM_MOE
 
 PATCHES = (VLLM_LORA, VLLM_MOE, SGLANG_MOE)
-DISTRIBUTIONS = ("serving-ops", "torch", "triton", *VLLM_LORA.hosts, *SGLANG_MOE.hosts, "transformers", "peft")
+DISTRIBUTIONS = ("serving-ops", "torch", "triton", "numba", *VLLM_LORA.hosts, *SGLANG_MOE.hosts, "transformers", "peft")
 PREFIXES = ("LORA_OPS_", "MOE_OPS_")
 VARIABLES = {
     VLLM_LORA.env: "1: patch vLLM's LoRA layers, also in the processes it starts; 0 or unset: do not",
