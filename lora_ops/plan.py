@@ -93,11 +93,11 @@ class Staging:
         used: int64, see `fill`.
     """
 
-    def __init__(self, size: int, blank: np.ndarray, on_gpu: bool) -> None:
-        self._memory = torch.empty(size, dtype=torch.int32, pin_memory=on_gpu)
+    def __init__(self, layout: PlanLayout, blank: np.ndarray, on_gpu: bool) -> None:
+        self._memory = torch.empty(layout.size, dtype=torch.int32, pin_memory=on_gpu)
         self.values = self._memory.numpy()
         self.values[: blank.size] = blank
-        self.used = np.zeros(9, dtype=np.int64)
+        self.used = np.zeros(len(layout.offsets) - 1, dtype=np.int64)
         self._source = self._target = self._memory[:0]
 
     def expect(self, arena: torch.Tensor, length: int) -> None:
@@ -119,9 +119,9 @@ class StagingPool:
     SPARE = 8
     """Stagings made at once: as many steps go without an event."""
 
-    def __init__(self, size: int, blank: np.ndarray, device: torch.device) -> None:
+    def __init__(self, layout: PlanLayout, blank: np.ndarray, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._make = functools.partial(Staging, size, blank, on_gpu)
+        self._make = functools.partial(Staging, layout, blank, on_gpu)
         self._device = device
         self._event = torch.cuda.Event() if on_gpu else None
         self._free = [self._make() for _ in range(self.SPARE if on_gpu else 1)]
@@ -171,7 +171,7 @@ class LoraPlan:
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
         self._starts = tuple(start if length else -1 for start, length in self.layout.offsets.values())
         self._blank = self._make_blank()
-        self._pool = StagingPool(self.layout.size, self._blank, self.arena.device)
+        self._pool = StagingPool(self.layout, self._blank, self.arena.device)
         self._on_gpu = self.device.type == "cuda"
         self._fill = compiled() if self._on_gpu else fill
         self._built: tuple[bytes, int] | None = None

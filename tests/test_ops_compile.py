@@ -20,7 +20,7 @@ def layer():
 
 def test_schemas_declare_their_mutation():
     plan, a, b = layer()
-    arena = (plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, int(plan.has_offsets)])
+    arena = plan_args(plan)
     x, y, h = torch.randn(M, K), torch.randn(M, sum(WIDTHS)), torch.zeros(len(WIDTHS), M, R)
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.lora_ops

@@ -117,7 +117,7 @@ def test_fewer_rows_than_the_plan_has_tokens(device, tokens):
     plan.update([11, 10, 9] + list(range(11)) * ((tokens - 3) // 11))
     x, y, h = layer.x[:3], layer.y[:3], torch.full((1, 3, 8), nan, device=device)
     expected, expected_h = y.float().clone(), torch.zeros_like(h)
-    arguments = (plan.arena, plan.counts, [plan.max_tokens, plan.max_slots, int(plan.has_offsets)])
+    arguments = plan_args(plan)
     torch.ops.lora_ops.lora_shrink(x, layer.lora_a, h, *arguments, 1.0)
     torch.ops.lora_ops.lora_linear(y, x, layer.lora_a, layer.lora_b, *arguments, 1.0, 0, True)
     reference.lora_shrink(x, layer.lora_a, expected_h, plan)
