@@ -56,6 +56,7 @@ from vllm_agreement import (
     Request,
     answers_of,
     batch_sizes,
+    check_compiled,
     environment,
     largest_batch,
     noise_of,
@@ -174,8 +175,6 @@ class VllmEngine(Engine):
         }
         if torch.cuda.is_available():
             arguments["moe_backend"] = "triton"
-            if options.process == "patched":
-                arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
         if options.tp > 1:
             # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
@@ -210,6 +209,10 @@ class SglangEngine(Engine):
         else:
             arguments["cuda_graph_max_bs_decode"] = max(options.requests)
         self.engine = sglang.Engine(**arguments | options.engine_args)
+
+    def compiled(self) -> list[int]:
+        """SGLang's workers run no function of ours."""
+        return []
 
     def generate(self, requests: list[Request], settings: dict) -> list[dict]:
         """`settings` as vLLM takes them: max_tokens, logprobs, prompt_logprobs."""
@@ -272,6 +275,7 @@ def run_engine(options: argparse.Namespace) -> dict:
     engine = ENGINES[options.host](options)
     ready_s = time.perf_counter() - start
     say("ready")
+    compiled = engine.compiled()
     result = {"agreement": None, "speed": None}
     engine.seconds(make_requests(options, PROMPT_TOKENS, seed=0)[:1], 2)
     if options.load_format == "safetensors":
@@ -280,6 +284,7 @@ def run_engine(options: argparse.Namespace) -> dict:
     if not options.no_speed:
         result["speed"] = engine.speed()
         say("times taken")
+    check_compiled(compiled, engine.compiled())
     time.sleep(1.2 * state.INTERVAL_S)  # a status file lags its process by at most one interval
     watched = {"vllm": VLLM_MOE, "sglang": SGLANG_MOE}[options.host]
     processes = [process for process in state.processes() if watched.key in process]

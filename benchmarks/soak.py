@@ -138,13 +138,12 @@ def look_inside(worker) -> dict:
         manager.activate_adapter = activate_adapter
 
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("lora_ops.")]
-    kernels = {id(kernel): kernel for m in ours for kernel in vars(m).values() if hasattr(kernel, "device_caches")}
     gpu = torch.cuda.is_available()
     return {
         "resident_mib": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20,
         "allocated_mib": torch.cuda.memory_allocated() / 2**20 if gpu else 0.0,
         "reserved_mib": torch.cuda.memory_reserved() / 2**20 if gpu else 0.0,
-        "compiled kernels": sum(len(cache[0]) for k in kernels.values() for cache in k.device_caches.values()),
+        "compiled kernels": vllm_agreement.compiled_kernels(worker),
         "compiled layers": sum(len(getattr(module, "_compiled", ())) for module in ours),
         "open files": len(list(Path("/proc/self/fd").iterdir())),
         "activations": manager.activations,

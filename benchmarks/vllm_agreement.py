@@ -168,6 +168,19 @@ def look_inside(worker) -> dict:
     return {"runner": runner} | inspect_worker(worker)
 
 
+def compiled_kernels(worker) -> int:
+    """Runs in each worker: how many binaries of our kernels it has."""
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith(("lora_ops.", "moe_ops."))]
+    kernels = {id(kernel): kernel for m in ours for kernel in vars(m).values() if hasattr(kernel, "device_caches")}
+    return sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())
+
+
+def check_compiled(before: list[int], after: list[int]) -> None:
+    """SystemExit if workers have more binaries than before; of its own kernels vLLM compiles some while it serves."""
+    if before != after:
+        raise SystemExit(f"kernels of ours were compiled while the engine served: from {before} to {after} a worker")
+
+
 class Engine:
     """A vLLM engine and the ways it is asked."""
 
@@ -196,8 +209,6 @@ class Engine:
         if options.tp > 1:
             # This fusion and the variables in `environment` reach for NVLink multicast, which not every host allows.
             arguments["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
-        if options.process == "patched" and torch.cuda.is_available():
-            arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
         if options.process != "base":
             self.adapters = [LoRARequest(path.name, i, str(path)) for i, path in enumerate(adapters, 1)]
             arguments |= {
@@ -216,6 +227,10 @@ class Engine:
         start = time.perf_counter()
         self.llm = LLM(**arguments)
         self.ready_s = time.perf_counter() - start
+
+    def compiled(self) -> list[int]:
+        """Binaries of our kernels, in each worker."""
+        return self.llm.collective_rpc(compiled_kernels)
 
     def generate(self, requests: list[Request], settings: dict | list[dict]) -> list:
         from vllm import SamplingParams
@@ -315,6 +330,7 @@ def run_engine(options: argparse.Namespace) -> dict:
     start = time.perf_counter()
     engine = Engine(options)
     say("ready")
+    compiled = engine.compiled()
     decode = make_requests(options, PROMPT_TOKENS, seed=0)
     prefill = make_requests(options, PREFILL_TOKENS, seed=2)
     warm = [Request(decode[0].prompt, i, 0) for i in range(options.adapters)]
@@ -324,6 +340,7 @@ def run_engine(options: argparse.Namespace) -> dict:
     say("answers taken")
     result["speed"] = None if options.no_speed else engine.speed()
     say("times taken")
+    check_compiled(compiled, engine.compiled())
     config = engine.llm.llm_engine.vllm_config.compilation_config
     return result | {
         "workers": engine.llm.collective_rpc(look_inside),

@@ -72,10 +72,15 @@ _problems: dict[str, None] = {}
 _warned: set[str] = set()
 
 
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Call `clear` whenever the folders change: something was kept that may follow from them."""
+    _caches.append(clear)
+
+
 def cached(function: Callable) -> Callable:
     """functools.cache, emptied when the folders change."""
     function = functools.cache(function)
-    _caches.append(function.cache_clear)
+    when_forgotten(function.cache_clear)
     return function
 
 

@@ -142,8 +142,11 @@ def compile_plan(
     """
     if layer in _compiled or INTERPRET:
         return
-    for num_rows in batches:
-        kernels(replace(plan_tiles(arena, layout, num_rows), count=0))
+    from ops_patches.launch import recording
+
+    with recording():  # not among a batch's launches
+        for num_rows in batches:
+            kernels(replace(plan_tiles(arena, layout, num_rows), count=0))
     _compiled.add(layer)
 
 

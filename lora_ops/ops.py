@@ -18,12 +18,14 @@ import torch
 
 from ops_configs.lora import row_buckets
 from ops_patches.library import op_library, uses_kernels
+from ops_patches.replay import replayed
 
 from . import checks, reference
 from .config import MAX_SLICES
 from .launches import (
     compile_plan,
     join_side,
+    plan_tiles,
     row_tiles,
     run_add,
     run_beside,
@@ -119,8 +121,8 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
         offset += sum(b.shape[1] for b in weights[group])
 
 
-def _check_linear(op: str, x, lora_a, lora_b, arena, layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights as [L, R, K] and [L, N_s, R] of a layer that fits x and the plan."""
+def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, small: bool) -> tuple[list, list]:
+    """Weights as [L, R, K] and [L, N_s, R] of a layer that fits x, the plan, and out: y, or if small lora_delta's."""
     if len(lora_a) != len(lora_b):
         raise ValueError(f"{op}: lora_a has {len(lora_a)} slices, lora_b has {len(lora_b)}")
     a, b = checks.flat_weights(op, "lora_a", lora_a), checks.flat_weights(op, "lora_b", lora_b)
@@ -133,69 +135,81 @@ def _check_linear(op: str, x, lora_a, lora_b, arena, layout) -> tuple[list[torch
     checks.same_shapes(op, "lora_a", a)
     checks.input_rows(op, x, a[0])
     checks.plan_fits(op, a[0], layout, arena)
+    width = sum(weight.shape[1] for weight in b)
+    if small:
+        checks.matrix(op, "delta", out, b[0].device, width)
+        if out.shape[0] != SMALL_BATCH:
+            raise ValueError(f"{op}: delta has {out.shape[0]} rows, expected {SMALL_BATCH}")
+    else:
+        checks.matrix(op, "y", out, b[0].device)
+        checks.same_rows(op, x=x.shape[0], y=out.shape[0])
+        checks.window(op, out, offset, width)
     return a, b
 
 
-def _linear_groups(op: str, y, x, a, b, scale: float, offset: int, add_inputs: bool, **options) -> Iterator[tuple]:
-    """(kernels, layer) of each launch of a layer: its slices, as many at a time as the kernels take."""
+@replayed
+def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, scale, offset, add_inputs, small) -> None:
+    """Check the layer and compile it, and if `runs` run it on the current stream, over a plan of so many tokens.
+
+    small: out is `lora_delta`'s, and nothing of the stream comes before the launches.
+    """
+    a, b = _check_linear(op, out, x, lora_a, lora_b, arena, layout, offset, small)
+    options, batches = {}, row_buckets()
+    if small:
+        out, x = out[: x.shape[0]], x[:SMALL_BATCH]
+        options = {"zero_others": False, "first": True}
+    if op != "lora_linear":
+        batches = [rows for rows in batches if (rows <= SMALL_BATCH) == small]
     for group in _slice_groups(len(a)):
-        kernels = functools.partial(run_linear, y, x, a[group], b[group], scale, offset, add_inputs, **options)
-        yield kernels, (_layer_key(op, x, y, *a[group], *b[group]), offset, add_inputs)
+        kernels = functools.partial(run_linear, out, x, a[group], b[group], scale, offset, add_inputs, **options)
+        layer = _layer_key(op, x, out, *a[group], *b[group]), offset, add_inputs
+        compile_plan(kernels, layer, arena, layout, batches)
+        if runs:
+            kernels(plan_tiles(arena, layout, x.shape[0], tokens))
         offset += sum(weight.shape[1] for weight in b[group])
+
+
+def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs) -> None:
+    """The whole layer on the current stream."""
+    tokens, active = counts.tolist()
+    layer = (op, y, x, lora_a, lora_b, arena, layout)
+    if uses_kernels(x):
+        runs = x.numel() > 0 and not (add_inputs and active == 0)
+        _linear_kernels(*layer, tokens, runs, scale, offset, add_inputs, False)
+        return
+    a, b = _check_linear(*layer, offset, False)
+    if x.shape[0] > 0:
+        reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
 
 
 @_register(
     f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, "
     "float scale, int offset, bool add_inputs)"
 )
-def _lora_linear(y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs):
-    _add_linear("lora_linear", y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs, row_buckets())
+def _lora_linear(*args):
+    _add_linear("lora_linear", *args)
 
 
-def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs, batches) -> None:
-    """The whole layer on the current stream; its kernels are compiled for `batches`."""
-    a, b = _check_linear(op, x, lora_a, lora_b, arena, layout)
-    checks.matrix(op, "y", y, b[0].device)
-    checks.same_rows(op, x=x.shape[0], y=y.shape[0])
-    checks.window(op, y, offset, sum(weight.shape[1] for weight in b))
-    if not uses_kernels(a[0]):
-        if x.shape[0] > 0:
-            reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, offset, add_inputs)
-        return
-    for kernels, layer in _linear_groups(op, y, x, a, b, scale, offset, add_inputs):
-        compile_plan(kernels, layer, arena, layout, batches)
-        if x.shape[0] > 0 and not (add_inputs and _num_active(counts) == 0):
-            run_plan(kernels, arena, counts, layout, x.shape[0])
-
-
-def _fits_beside(num_rows: int, counts: torch.Tensor) -> bool:
+def _fits_beside(x: torch.Tensor, counts: torch.Tensor) -> bool:
     """Whether a batch's LoRA part runs beside the layer itself: the batch is small, and an adapter is in use."""
-    return 0 < num_rows <= SMALL_BATCH and _num_active(counts) > 0
+    return 0 < x.shape[0] <= SMALL_BATCH and _num_active(counts) > 0
 
 
 @_register(f"lora_delta(Tensor(a!) delta, Tensor x, Tensor[] lora_a, Tensor[] lora_b, {PLAN_SCHEMA}, float scale)")
 def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
-    op = "lora_delta"
-    a, b = _check_linear(op, x, lora_a, lora_b, arena, layout)
-    checks.matrix(op, "delta", delta, b[0].device, sum(weight.shape[1] for weight in b))
-    if delta.shape[0] != SMALL_BATCH:
-        raise ValueError(f"{op}: delta has {delta.shape[0]} rows, expected {SMALL_BATCH}")
-    beside = _fits_beside(x.shape[0], counts)
-    y, x = delta[: x.shape[0]], x[:SMALL_BATCH]
-    if not uses_kernels(a[0]):
-        if beside:
-            reference.lora_linear(y, x, a, b, _plan_slots(arena, counts, layout), scale, 0, False)
+    layer = ("lora_delta", delta, x, lora_a, lora_b, arena, layout)
+    if not uses_kernels(x):
+        a, b = _check_linear(*layer, 0, True)
+        if _fits_beside(x, counts):
+            slots = _plan_slots(arena, counts, layout)
+            reference.lora_linear(delta[: x.shape[0]], x, a, b, slots, scale, 0, False)
         return
-    groups = list(_linear_groups(op, y, x, a, b, scale, 0, False, zero_others=False, first=True))
-    for kernels, layer in groups:
-        compile_plan(kernels, layer, arena, layout, [rows for rows in row_buckets() if rows <= SMALL_BATCH])
+    beside = x.ndim == 2 and _fits_beside(x, counts)
+    launch = functools.partial(_linear_kernels, *layer, counts.tolist()[0], beside, scale, 0, False, True)
     if beside:
-
-        def run() -> None:
-            for kernels, _ in groups:
-                run_plan(kernels, arena, counts, layout, x.shape[0])
-
-        run_beside(run, x.device)
+        run_beside(launch, x.device)
+    else:
+        launch()
 
 
 # delta stands before y: torch.compile moves producers next to their reader in this order, and lora_delta must fork off
@@ -212,9 +226,8 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     add = functools.partial(run_add, y, delta)
     if in_place and kernels:
         compile_plan(add, _layer_key(op, y, delta), arena, layout, [SMALL_BATCH])
-    if not _fits_beside(x.shape[0], counts):
-        large = [rows for rows in row_buckets() if rows > SMALL_BATCH]
-        _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True, large)
+    if not _fits_beside(x, counts):
+        _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True)
         return
     join_side(x.device)
     if in_place and kernels:

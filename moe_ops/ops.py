@@ -16,6 +16,7 @@ import torch
 from ops_configs.moe import TILE_ROWS, fitted, moe_default
 from ops_configs.store import shared_bytes
 from ops_patches.library import op_library, uses_kernels
+from ops_patches.replay import replayed
 
 from . import checks, reference
 from .routing import RoutingPlan
@@ -118,14 +119,17 @@ def _fake_fused_experts(hidden, *args):
 @_register(f"fused_experts({LAYER})", "Tensor", _fake_fused_experts)
 def _fused_experts(hidden, *args):
     out = hidden.new_empty(hidden.shape)
-    _layer(out, hidden, *args)
+    _run_layer(out, hidden, *args)
     return out
 
 
 @_register(f"fused_experts_out(Tensor(a!) out, {LAYER})", counted_as="fused_experts")
 def _fused_experts_out(out, hidden, *args):
-    checks.out("fused_experts", out, hidden)
-    _layer(out, hidden, *args)
+    _run_layer(out, hidden, *args)
+
+
+def _run_layer(out, hidden, *args):
+    (_replayed_layer if uses_kernels(hidden) else _layer)(out, hidden, *args)
 
 
 def _check_layer(
@@ -195,6 +199,7 @@ def _layer(
     global_experts,
 ):
     """Write the layer to out, which may be hidden: nothing reads hidden once out is written."""
+    checks.out("fused_experts", out, hidden)
     options = {
         "activation": activation,
         "gated": gated,
@@ -222,6 +227,9 @@ def _layer(
     from .launches import run_layer
 
     run_layer(out, hidden, w13, w2, topk_weights, topk_ids, global_experts=global_experts, **options)
+
+
+_replayed_layer = replayed(_layer)
 
 
 def quantize(

@@ -8,8 +8,10 @@ knobs say of compiling (debug, instrumentation) counts when a binary is first la
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
 from triton import JITFunction
@@ -17,8 +19,22 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ALIGNMENT = 16
-"""Triton compiles for pointers aligned to as many bytes, and for integers that are multiples of it."""
+from .replay import ALIGNMENT
+
+Launch = tuple[CompiledKernel, tuple[int, ...], tuple, tuple]
+"""Binary, grid, arguments, constants."""
+_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """The launches that this thread makes inside, in order."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
 
 
 class Prepared:
@@ -44,10 +60,12 @@ class Prepared:
         binary = self._binaries.get(key)
         if binary is not None:
             binary[(*grid, 1, 1)](*arguments, *self._constants_in_order)
-            return
-        binary = self.through_triton(grid, *arguments)
-        if isinstance(binary, CompiledKernel):
-            self._binaries[key] = binary
+        else:
+            binary = self.through_triton(grid, *arguments)
+            if isinstance(binary, CompiledKernel):
+                self._binaries[key] = binary
+        if (launches := _recorded.get()) is not None:
+            launches.append((binary, grid, arguments, self._constants_in_order))
 
     def through_triton(self, grid: tuple[int, ...], *arguments: object) -> CompiledKernel | None:
         """Compile what is not compiled, and launch; the binary, but none of the interpreter."""

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from ops_patches import library
+from ops_configs import store
+from ops_patches import library, replay
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,10 @@ def dtype(request, device) -> torch.dtype:
     if request.param == "bfloat16" and device == "cpu":
         pytest.skip("the interpreter's bf16 dot multiplies bit patterns")
     return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    """Each call runs its Python: a test may change what it launches. tests/gpu/test_replay_gpu.py has the others."""
+    store.forget()
+    monkeypatch.setattr(replay, "KEPT", 0)

@@ -1,0 +1,165 @@
+"""The launches of a call, as functions of the addresses of its tensors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Launch, recording
+
+ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+class NotReplayable(Exception):
+    """A call whose launches are not to be made again; the message says why."""
+
+
+class Address(int):
+    """An address, where a descriptor has its tensor."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+class Allocations(TorchDispatchMode):
+    """What is allocated inside, kept alive; foreign: the first op that is neither an allocation nor a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        self.foreign = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATIONS:
+            self.tensors.append(result)
+        elif not function.is_view:
+            self.foreign = self.foreign or str(function)
+        return result
+
+
+def record(function: Callable[..., None], arguments: tuple, tensors: Sequence[torch.Tensor]) -> Replay | None:
+    """Call `function`; how to make its launches again, or None. tensors: among the arguments, each address once."""
+    with recording() as launches, Allocations() as allocations:
+        function(*arguments)
+    try:
+        if allocations.foreign:
+            raise NotReplayable(f"{allocations.foreign} ran among the launches")
+        return Replay(launches, tensors, allocations.tensors)
+    except NotReplayable:
+        return None
+
+
+class Replay:
+    """Launches to be made again: `replay(addresses)` with those of other tensors of the same form.
+
+    Memory is allocated as it was, piece by piece: a server that has seen its largest batch has room for it again.
+    """
+
+    def __init__(
+        self, launches: Sequence[Launch], tensors: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]
+    ) -> None:
+        """Raises NotReplayable: the launches take memory that is neither a tensor's nor allocated, or tensors overlap.
+
+        Args:
+            launches: in order.
+            tensors: whose addresses a replay is given, in this order.
+            allocated: by the launches' function, all alive.
+        """
+        memory = Memory(tensors, allocated)
+        self._device = tensors[0].device
+        self._launches = [
+            (binary[(*grid, 1, 1)], Template((*arguments, *constants), memory))
+            for binary, grid, arguments, constants in launches
+        ]
+        self._sizes = memory.sizes
+
+    def __call__(self, addresses: list[int]) -> None:
+        pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._sizes]
+        bases = addresses + [piece.data_ptr() for piece in pieces]
+        for launch, arguments in self._launches:
+            launch(*arguments(bases))
+
+
+class Memory:
+    """Where tensors of launches lie: in those given, or in pieces allocated, which count on behind them.
+
+    sizes: bytes of the pieces that were asked for, in order.
+    """
+
+    def __init__(self, given: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]) -> None:
+        """Raises NotReplayable: they overlap."""
+        spans = [(t.data_ptr(), t.data_ptr() + extent(t), i) for i, t in enumerate((*given, *allocated))]
+        self._spans = sorted(span for span in spans if span[0] < span[1])
+        if any(end > start for (_, end, _), (start, *_) in itertools.pairwise(self._spans)):
+            raise NotReplayable("tensors overlap")
+        self._bases = {i: i for i in range(len(given))}
+        self.sizes: list[int] = []
+
+    def place(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """(base, offset) of a tensor that is not empty. Raises NotReplayable: it lies elsewhere."""
+        address = tensor.data_ptr()
+        for start, end, index in self._spans:
+            if start <= address < end:
+                if index not in self._bases:
+                    self._bases[index] = len(self._bases)
+                    self.sizes.append(end - start)
+                return self._bases[index], address - start
+        raise NotReplayable("a launch takes memory that was neither given nor allocated")
+
+
+class Template:
+    """Arguments that addresses are put into: `template(bases)`."""
+
+    def __init__(self, arguments: Sequence, memory: Memory) -> None:
+        self._arguments = list(arguments)
+        self._pointers: list[tuple[int, int, int]] = []  # position, base, offset
+        self._others: list[tuple[int, Callable[[list[int]], object]]] = []
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                self._arguments[position] = 0  # of an empty tensor
+                if argument.numel() > 0:
+                    self._pointers.append((position, *memory.place(argument)))
+            elif isinstance(argument, TensorDescriptor):
+                rest = {name: value for name, value in vars(argument).items() if name != "base"}
+                self._arguments[position] = None
+                self._others.append((position, functools.partial(_descriptor, *memory.place(argument.base), rest)))
+            elif isinstance(argument, tuple):
+                self._others.append((position, functools.partial(_tuple, Template(argument, memory))))
+
+    def __call__(self, bases: list[int]) -> list:
+        arguments = self._arguments.copy()
+        for position, base, offset in self._pointers:
+            arguments[position] = bases[base] + offset
+        for position, make in self._others:
+            arguments[position] = make(bases)
+        return arguments
+
+
+def _descriptor(base: int, offset: int, rest: dict, bases: list[int]) -> TensorDescriptor:
+    descriptor = object.__new__(TensorDescriptor)  # one of its form was checked
+    descriptor.__dict__.update(rest, base=Address(bases[base] + offset))
+    return descriptor
+
+
+def _tuple(template: Template, bases: list[int]) -> tuple:
+    return tuple(template(bases))
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

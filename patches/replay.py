@@ -1,0 +1,78 @@
+"""Launches of a batch, made again for later batches of the same form.
+
+From a call of an op to its launches, Python computes what depends on the form of the batch alone: which tensors there
+are, their dtypes, shapes, strides and alignment, which of them are one, and the values of all other arguments. Checks,
+launch parameters, grids, strides and the choice of binaries follow from it. `replayed` keeps the launches of a form
+(recording.py); a later batch puts the addresses of its own tensors into them, and of memory that it allocates anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from ops_configs.store import when_forgotten
+
+from .library import INTERPRET
+
+KEPT = 256
+"""Forms whose launches a function keeps; then the oldest goes."""
+ALIGNMENT = 16
+"""Triton compiles for pointers aligned to as many bytes, and for integers that are multiples of it."""
+
+
+def replayed(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, whose launches are made again where it is called with a form that it was called with before.
+
+    Its arguments are tensors of one device, hashable values, and lists and tuples of both, by position. It launches
+    kernels of `launch.prepared` on that device, which is the current one; which ones, and with what, follows from the
+    form alone. Where it makes torch run something else, or tensors overlap, it runs each time.
+    """
+    if INTERPRET:
+        return function
+    kept: dict[tuple, Callable[[list[int]], None] | None] = {}
+    lock = threading.Lock()
+    when_forgotten(kept.clear)
+
+    @functools.wraps(function)
+    def run(*arguments) -> None:
+        form, addresses, tensors = [], [], []
+        add_form(arguments, form, addresses, tensors)
+        key = tuple(form)
+        try:
+            replay = kept[key]
+        except KeyError:
+            from .recording import record  # imports Triton
+
+            made = record(function, arguments, tensors)
+            with lock:
+                kept[key] = made
+                if len(kept) > KEPT:
+                    del kept[next(iter(kept))]
+            return
+        if replay is None:
+            function(*arguments)
+        else:
+            replay(addresses)
+
+    return run
+
+
+def add_form(arguments: Sequence, form: list[Hashable], addresses: list[int], tensors: list[torch.Tensor]) -> None:
+    """Append the form of arguments, and their tensors and these tensors' addresses, each address once."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            address = argument.data_ptr()
+            if address not in addresses:
+                addresses.append(address)
+                tensors.append(argument)
+            of_memory = argument.device, addresses.index(address), address % ALIGNMENT
+            form += argument.dtype, argument.shape, argument.stride(), *of_memory
+        elif type(argument) in (list, tuple):
+            form.append(len(argument))
+            add_form(argument, form, addresses, tensors)
+        else:
+            form.append(argument)

@@ -1,0 +1,320 @@
+"""Launches made again: what a batch would launch by itself, and only for a batch of the same form."""
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import lora_ops.ops
+import moe_ops.ops
+from lora_ops.kernels.add import add
+from lora_ops.plan import LoraPlan, plan_args
+from ops_configs import store
+from ops_patches import replay
+from ops_patches.launch import recording
+from ops_patches.library import INTERPRET
+from ops_patches.recording import Allocations, extent
+from ops_patches.replay import add_form, replayed
+
+from . import test_launch
+from .test_kernels_compile import FP8_BLOCKS, HALF, SLOTS, empty, lora_layer, moe_layer, plan_tiles
+from .test_launch import launches  # noqa: F401  (a fixture)
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: the interpreter compiles nothing"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+SMALL = (64, 4, 512, 256)
+
+
+@pytest.fixture
+def raw(launches, monkeypatch):  # noqa: F811
+    """What is launched, arguments as they are; CPU tensors run the kernels, whose ids nobody reads."""
+    monkeypatch.setattr(test_launch, "described", lambda argument: argument)
+    monkeypatch.setattr(moe_ops.checks, "_ids", lambda *args: None)
+    for ops in (lora_ops.ops, moe_ops.ops):
+        monkeypatch.setattr(ops, "uses_kernels", lambda tensor: True)
+    return launches
+
+
+def flat(arguments: object) -> list:
+    """All tensors among arguments."""
+    if isinstance(arguments, torch.Tensor):
+        return [arguments]
+    return [t for argument in arguments for t in flat(argument)] if isinstance(arguments, (list, tuple)) else []
+
+
+def placed(seen: list[tuple], given: list[torch.Tensor], allocated: list[torch.Tensor]) -> list[tuple]:
+    """Launches, with the place of each address: in which tensor of the batch, or in which piece that was used."""
+    pieces: dict[int, int] = {}
+
+    def place(address: int) -> tuple:
+        for i, t in enumerate(given):
+            if 0 <= address - t.data_ptr() < extent(t):
+                return "given", i, address - t.data_ptr()
+        for i, t in enumerate(allocated):
+            if 0 <= address - t.data_ptr() < extent(t):
+                return "piece", pieces.setdefault(i, len(pieces)), address - t.data_ptr(), extent(t)
+        raise AssertionError(f"{address} is nobody's")
+
+    def told(argument: object) -> object:
+        if isinstance(argument, torch.Tensor):
+            return place(argument.data_ptr())
+        if isinstance(argument, TensorDescriptor):
+            rest = [list(sizes) for sizes in (argument.shape, argument.strides, argument.block_shape)]
+            return place(argument.base.data_ptr()), *rest, argument.padding
+        if isinstance(argument, tuple):
+            return tuple(map(told, argument))
+        if type(argument) is int and argument > 2**40:
+            return place(argument)
+        return argument
+
+    return [(*rest, [told(a) for a in arguments]) for *rest, arguments in seen]
+
+
+def launched(raw, function, arguments: tuple) -> list[tuple]:
+    """What a call launches."""
+    raw.seen = []
+    with Allocations() as allocations:
+        function(*arguments)
+    return placed(raw.seen, flat(arguments), allocations.tensors)
+
+
+def moe(tokens: int, sizes: tuple = SMALL, in_place: bool = False, **options) -> tuple:
+    """Arguments of moe_ops.ops._layer, in memory of their own."""
+    (_, w13, w2, _, _), options = moe_layer(*sizes, **options)
+    hidden, ids = empty(tokens, sizes[2]), torch.zeros(tokens, sizes[1], dtype=torch.int32)
+    out = hidden if in_place else torch.empty_like(hidden)
+    return out, hidden, w13, w2, torch.zeros(tokens, sizes[1]), ids, *options.values()
+
+
+def lora(op: str, rows: int, layer: str = "qkv", rank: int = 16) -> tuple:
+    """Arguments of lora_ops.ops._linear_kernels, in memory of their own."""
+    y, x, a, b, _ = lora_layer(layer, rank, rows)
+    plan = LoraPlan(rows, SLOTS, "cpu")
+    arena, _, layout = plan_args(plan)
+    out = empty(lora_ops.ops.SMALL_BATCH, y.shape[1]) if op == "lora_delta" else y
+    return op, out, x, a, b, arena, layout, rows, True, 0.5, 0, op != "lora_delta", op == "lora_delta"
+
+
+LORA, MOE = (lora_ops.ops._linear_kernels, lora), (moe_ops.ops._replayed_layer, moe)
+BATCHES = {
+    "moe, a few tokens": lambda: (MOE, (2,), {}),
+    "moe, a few choices": lambda: (MOE, (12,), {}),
+    "moe": lambda: (MOE, (2000,), {}),
+    "moe, a plan of three launches": lambda: (MOE, (3000,), {}),
+    "moe, in place": lambda: (MOE, (300,), {"in_place": True}),
+    "moe, biases": lambda: (MOE, (300,), {"activation": "swiglu_oai", "interleaved": True, "bias": True}),
+    "moe, fp8 blocks": lambda: (MOE, (300,), FP8_BLOCKS),
+    "moe, fp8": lambda: (MOE, (300,), {"quant": "fp8_w8a8"}),
+    "moe, int8 tokens": lambda: (MOE, (300,), {"quant": "int8_w8a8", "channels": True, "per_token": True}),
+    "moe, expert map": lambda: (MOE, (2000,), {"expert_map": HALF.clone()}),
+    "moe, weights on input": lambda: (MOE, (300,), {"apply_router_weight_on_input": True}),
+    "moe, wide experts": lambda: (MOE, (4000, (8, 2, 512, 2048)), {}),
+    "lora": lambda: (LORA, ("lora_linear", 300), {}),
+    "lora, many rows": lambda: (LORA, ("lora_join", 2000), {}),
+    "lora, beside": lambda: (LORA, ("lora_delta", 40), {}),
+    "lora, planes": lambda: (LORA, ("lora_linear", 64, "long", 64), {}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_same_launches(raw, name):
+    """Of the second and third batch of a form, whose tensors lie elsewhere."""
+    (function, make), sizes, options = BATCHES[name]()
+    function(*make(*sizes, **options))
+    for _ in range(2):
+        again = make(*sizes, **options)
+        kinds = raw.through_triton
+        made = launched(raw, function, again)
+        assert all(type(a) is not torch.Tensor for *_, arguments in raw.seen for a in arguments), "it ran anew"
+        assert made == launched(raw, function.__wrapped__, again)
+        assert raw.through_triton == kinds
+        assert len(made) > 0
+
+
+def test_another_form_is_another_recording():
+    """Whatever a kernel may be launched otherwise for."""
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+    x, y = memory[:1024].view(32, 32), memory[1024:2048].view(32, 32)
+    batches = [
+        (x, y, 3),
+        (x, y, 4),
+        (x, y, None),
+        (x, y, 3.5),
+        (x, x, 3),
+        (x, memory[1025:2049].view(32, 32), 3),
+        (memory[8:1032].view(32, 32), memory[2056:3080].view(32, 32).t(), 3),
+        (x[:31], y, 3),
+        (x[:, :16], y, 3),
+        (x.view(torch.float16), y, 3),
+        (x, None, 3),
+        ([x], y, 3),
+        ([x, y], 3),
+        ([x], [y], 3),
+        (x, y, "3"),
+        (x, y, (3,)),
+        (x, y, [3, 3]),
+        (x.to("meta"), y, 3),
+    ]
+    forms = []
+    for batch in batches:
+        form = []
+        add_form(batch, form, [], [])
+        forms.append(tuple(form))
+    assert len(set(forms)) == len(batches)
+    form = []
+    add_form((memory[2048:3072].view(32, 32), memory[3072:].view(32, 32), 3), form, [], [])
+    assert tuple(form) == forms[0]
+
+
+class Counted:
+    """`add` of the rows of a plan, counted where it is not a replay."""
+
+    def __init__(self, before=lambda *tensors: None) -> None:
+        self.calls = 0
+        self.before = before
+        self.tiles = plan_tiles(64)
+
+    def __call__(self, y, delta, tiles) -> None:
+        self.calls += 1
+        self.before(y, delta)
+        add(y, delta, self.tiles)
+
+
+@pytest.fixture
+def counted(raw):
+    """Replayed calls of a Counted: (object, replayed function, its arguments)."""
+
+    def make(**options):
+        once = Counted(**options)
+        return once, replayed_call(once), once.tiles.pointers
+
+    def replayed_call(once):
+        def function(y, delta, pointers):
+            once(y, delta, pointers)
+
+        return replayed(function)
+
+    return make
+
+
+def test_one_call_a_form(counted, raw):
+    once, run, pointers = counted()
+    for _ in range(3):
+        run(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == 1
+    run(empty(64, 64), empty(64, 64), pointers)
+    assert once.calls == 2
+    assert len(raw.seen) == 4
+
+
+@pytest.mark.parametrize(
+    "before",
+    [lambda y, delta: y.zero_(), lambda y, delta: torch.zeros(3), lambda y, delta: y.clone()],
+    ids=["fill", "zeros", "copy"],
+)
+def test_what_torch_runs_is_run_each_time(counted, raw, before):
+    once, run, pointers = counted(before=before)
+    for _ in range(3):
+        run(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == len(raw.seen) == 3
+
+
+def test_views_are_no_work(counted):
+    once, run, pointers = counted(before=lambda y, delta: (y.view(-1)[3:].unsqueeze(0), y.contiguous(), y.reshape(-1)))
+    for _ in range(3):
+        run(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == 1
+
+
+def test_memory_that_a_launch_finds_elsewhere(counted, raw):
+    """Its address may be another's next time: the call runs each time."""
+    once, run, _ = counted()
+    for _ in range(3):
+        run(empty(64, 32), empty(64, 32), ())  # the tiles are not among the arguments
+    assert once.calls == len(raw.seen) == 3
+
+
+def test_tensors_that_overlap(counted, raw):
+    """A replay could not tell whose an address is; one and the same tensor twice is no matter."""
+    once, run, pointers = counted()
+    memory = empty(96, 32)
+    for _ in range(2):
+        run(memory[:64], memory[32:], pointers)
+    assert once.calls == 2
+    for y in (memory[:64], empty(64, 32)):
+        raw.seen = []
+        run(y, y, pointers)
+        (_, _, _, arguments), *_ = raw.seen
+        addresses = [a if isinstance(a, int) else a.data_ptr() for a in arguments[:2]]
+        assert addresses == [y.data_ptr()] * 2
+    assert once.calls == 3
+
+
+def test_a_call_that_fails_leaves_nothing(counted, raw):
+    def fail(y, delta):
+        if once.calls == 1:
+            raise RuntimeError("broken")
+
+    once, run, pointers = counted(before=fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(empty(64, 32), empty(64, 32), pointers)
+    for _ in range(2):
+        run(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == 2
+
+
+def test_the_oldest_form_goes(counted, monkeypatch):
+    monkeypatch.setattr(replay, "KEPT", 2)
+    once, run, pointers = counted()
+    for columns, calls in ((32, 1), (48, 2), (32, 2), (64, 3), (48, 3), (64, 3), (32, 4)):
+        run(empty(64, columns), empty(64, columns), pointers)
+        assert once.calls == calls
+
+
+def test_other_folders_are_other_launches(counted):
+    """Launch parameters may be others then."""
+    once, run, pointers = counted()
+    for calls in (1, 2):
+        store.forget()
+        for _ in range(2):
+            run(empty(64, 32), empty(64, 32), pointers)
+        assert once.calls == calls
+
+
+def test_what_is_compiled_ahead_is_not_made_again(raw):
+    """The first batch of a layer compiles for all others: by launches without programs, and memory for these."""
+    function, arguments = lora_ops.ops._linear_kernels, lora("lora_linear", 300, "down")
+    lora_ops.launches._compiled.clear()
+    assert len(launched(raw, function, arguments)) > 2
+    with Allocations() as allocations:
+        raw.seen = []
+        function(*arguments)
+    assert len(raw.seen) == 2
+    assert len(allocations.tensors) == 1
+    assert all(x > 0 for _, _, (x, _, _), _ in raw.seen)
+
+
+def test_an_inner_recording_is_its_own(raw):
+    tiles = plan_tiles(64)
+    with recording() as outer:
+        add(empty(64, 32), empty(64, 32), tiles)
+        with recording() as inner:
+            add(empty(64, 48), empty(64, 48), tiles)
+    assert len(outer) == len(inner) == 1
+    add(empty(64, 32), empty(64, 32), tiles)
+    assert len(outer) == 1
+
+
+def test_pieces_are_those_of_the_batch(raw):
+    """A server's memory was measured with them."""
+    function, make = MOE
+    function(*make(2000))
+    again = make(2000)
+    sizes = []
+    for run in (function, function.__wrapped__):
+        with Allocations() as allocations:
+            run(*again)
+        sizes.append([extent(tensor) for tensor in allocations.tensors])
+    assert sorted(sizes[0]) == sorted(sizes[1])
