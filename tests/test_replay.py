@@ -44,40 +44,50 @@ def flat(arguments: object) -> list:
     return [t for argument in arguments for t in flat(argument)] if isinstance(arguments, (list, tuple)) else []
 
 
-def placed(seen: list[tuple], given: list[torch.Tensor], allocated: list[torch.Tensor]) -> list[tuple]:
-    """Launches, with the place of each address: in which tensor of the batch, or in which piece that was used."""
-    pieces: dict[int, int] = {}
+class Batch:
+    """What a call launches, and where its addresses lie."""
 
-    def place(address: int) -> tuple:
-        for i, t in enumerate(given):
+    def __init__(self, raw, function, arguments: tuple) -> None:
+        raw.seen = []
+        with Allocations() as allocations:
+            function(*arguments)
+        self.seen = raw.seen
+        self.tensors = [*flat(arguments), *allocations.tensors]
+        self.given = len(flat(arguments))
+        self.pieces: dict[int, int] = {}
+
+    def place(self, address: int) -> tuple:
+        """Which tensor of the call, or which piece of those that launches took so far, how far in, and its bytes."""
+        for i, t in enumerate(self.tensors):
             if 0 <= address - t.data_ptr() < extent(t):
-                return "given", i, address - t.data_ptr()
-        for i, t in enumerate(allocated):
-            if 0 <= address - t.data_ptr() < extent(t):
-                return "piece", pieces.setdefault(i, len(pieces)), address - t.data_ptr(), extent(t)
+                piece = i if i < self.given else self.given + self.pieces.setdefault(i, len(self.pieces))
+                return piece, address - t.data_ptr(), extent(t)
         raise AssertionError(f"{address} is nobody's")
 
-    def told(argument: object) -> object:
-        if isinstance(argument, torch.Tensor):
-            return place(argument.data_ptr())
-        if isinstance(argument, TensorDescriptor):
-            rest = [list(sizes) for sizes in (argument.shape, argument.strides, argument.block_shape)]
-            return place(argument.base.data_ptr()), *rest, argument.padding
-        if isinstance(argument, tuple):
-            return tuple(map(told, argument))
-        if type(argument) is int and argument > 2**40:
-            return place(argument)
-        return argument
 
-    return [(*rest, [told(a) for a in arguments]) for *rest, arguments in seen]
+def check_same(made: Batch, plain: Batch) -> None:
+    """Both launch the same; of `made`, tensors are addresses."""
 
+    def compare(ours: object, theirs: object) -> None:
+        if isinstance(theirs, torch.Tensor):
+            assert type(ours) is int
+            assert made.place(ours) == plain.place(theirs.data_ptr())
+        elif isinstance(theirs, TensorDescriptor):
+            assert type(ours) is TensorDescriptor
+            assert made.place(ours.base.data_ptr()) == plain.place(theirs.base.data_ptr())
+            for name in ("shape", "strides", "block_shape", "padding"):
+                assert list(getattr(ours, name)) == list(getattr(theirs, name))
+        elif isinstance(theirs, tuple):
+            assert type(ours) is tuple
+            for pair in zip(ours, theirs, strict=True):
+                compare(*pair)
+        else:
+            assert type(ours) is type(theirs)
+            assert ours == theirs
 
-def launched(raw, function, arguments: tuple) -> list[tuple]:
-    """What a call launches."""
-    raw.seen = []
-    with Allocations() as allocations:
-        function(*arguments)
-    return placed(raw.seen, flat(arguments), allocations.tensors)
+    assert [launch[:3] for launch in made.seen] == [launch[:3] for launch in plain.seen]
+    for (*_, ours), (*_, theirs) in zip(made.seen, plain.seen, strict=True):
+        compare(tuple(ours), tuple(theirs))
 
 
 def moe(tokens: int, sizes: tuple = SMALL, in_place: bool = False, **options) -> tuple:
@@ -125,12 +135,11 @@ def test_the_same_launches(raw, name):
     function(*make(*sizes, **options))
     for _ in range(2):
         again = make(*sizes, **options)
-        kinds = raw.through_triton
-        made = launched(raw, function, again)
-        assert all(type(a) is not torch.Tensor for *_, arguments in raw.seen for a in arguments), "it ran anew"
-        assert made == launched(raw, function.__wrapped__, again)
-        assert raw.through_triton == kinds
-        assert len(made) > 0
+        compiled = raw.through_triton
+        made = Batch(raw, function, again)
+        check_same(made, Batch(raw, function.__wrapped__, again))
+        assert raw.through_triton == compiled
+        assert len(made.seen) > 0
 
 
 def test_another_form_is_another_recording():
@@ -287,13 +296,11 @@ def test_what_is_compiled_ahead_is_not_made_again(raw):
     """The first batch of a layer compiles for all others: by launches without programs, and memory for these."""
     function, arguments = lora_ops.ops._linear_kernels, lora("lora_linear", 300, "down")
     lora_ops.launches._compiled.clear()
-    assert len(launched(raw, function, arguments)) > 2
-    with Allocations() as allocations:
-        raw.seen = []
-        function(*arguments)
-    assert len(raw.seen) == 2
-    assert len(allocations.tensors) == 1
-    assert all(x > 0 for _, _, (x, _, _), _ in raw.seen)
+    assert len(Batch(raw, function, arguments).seen) > 2
+    again = Batch(raw, function, arguments)
+    assert len(again.seen) == 2
+    assert len(again.tensors) - again.given == 1
+    assert all(x > 0 for _, _, (x, _, _), _ in again.seen)
 
 
 def test_an_inner_recording_is_its_own(raw):
