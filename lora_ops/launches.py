@@ -150,13 +150,6 @@ def compile_plan(
     _compiled.add(layer)
 
 
-def run_plan(
-    kernels: Callable, arena: torch.Tensor, counts: torch.Tensor, layout: Sequence[int], num_rows: int
-) -> None:
-    """Run `kernels(tiles)` over the tiles of a plan, for a batch of num_rows rows."""
-    kernels(plan_tiles(arena, layout, num_rows, counts.tolist()[0]))
-
-
 @functools.cache
 def _side(device: torch.device, stream: int) -> tuple[torch.cuda.Stream, torch.cuda.Event, torch.cuda.Event]:
     """Side stream of a stream (its handle), the event from which it starts and the one at which it is done."""

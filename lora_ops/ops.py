@@ -31,7 +31,6 @@ from .launches import (
     run_beside,
     run_expand,
     run_linear,
-    run_plan,
     run_shrink,
     segment_tiles,
 )
@@ -78,9 +77,8 @@ def _check_plan_rows(op: str, plan: LoraPlan, x: torch.Tensor) -> None:
 PLAN_SCHEMA = "Tensor arena, Tensor counts, int[] layout"
 
 
-@_register(f"lora_shrink(Tensor x, Tensor[] lora_a, Tensor(a!) out, {PLAN_SCHEMA}, float scale)")
-def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
-    op = "lora_shrink"
+def _check_shrink(op: str, x, lora_a, out, arena, layout) -> list[torch.Tensor]:
+    """A as [L, R, K], fitting x, out and the plan."""
     weights = checks.flat_weights(op, "lora_a", lora_a)
     rank = checks.shrink_rank(op, weights[0])
     checks.input_rows(op, x, weights[0])
@@ -88,37 +86,67 @@ def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     checks.shrink_output(op, out)
     checks.same_shapes(op, "lora_a", weights)
     checks.plan_fits(op, weights[0], layout, arena)
+    return weights
+
+
+@replayed
+def _shrink_kernels(op, x, lora_a, out, arena, layout, tokens, scale) -> None:
+    """Check and compile the shrink and run it, over a plan of so many tokens."""
+    weights = _check_shrink(op, x, lora_a, out, arena, layout)
     if x.shape[0] == 0:
-        return
-    if not uses_kernels(weights[0]):
-        reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(run_shrink, x, weights[group], out[group], scale)
         compile_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, row_buckets())
-        run_plan(kernels, arena, counts, layout, x.shape[0])
+        kernels(plan_tiles(arena, layout, x.shape[0], tokens))
 
 
-@_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
-def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
-    op = "lora_expand"
+@_register(f"lora_shrink(Tensor x, Tensor[] lora_a, Tensor(a!) out, {PLAN_SCHEMA}, float scale)")
+def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
+    layer = ("lora_shrink", x, lora_a, out, arena, layout)
+    if uses_kernels(x):
+        _shrink_kernels(*layer, counts.tolist()[0], scale)
+        return
+    weights = _check_shrink(*layer)
+    if x.shape[0] > 0:
+        reference.lora_shrink(x, weights, out, _plan_slots(arena, counts, layout), scale)
+
+
+def _check_expand(op: str, h, lora_b, y, arena, layout, offset: int) -> list[torch.Tensor]:
+    """B as [L, N_s, R], fitting h, y and the plan."""
     weights = checks.flat_weights(op, "lora_b", lora_b)
     rank = checks.expand_rank(op, weights[0])
     checks.matrix(op, "y", y, weights[0].device)
     checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
     checks.window(op, y, offset, sum(b.shape[1] for b in weights))
     checks.plan_fits(op, weights[0], layout, arena)
-    if y.shape[0] == 0 or (add_inputs and _num_active(counts) == 0):
-        return
-    if not uses_kernels(weights[0]):
-        reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
+    return weights
+
+
+@replayed
+def _expand_kernels(op, h, lora_b, y, arena, layout, tokens, idle, offset, add_inputs) -> None:
+    """Check and compile the expand and run it, over a plan of so many tokens; idle: none of them has an adapter."""
+    weights = _check_expand(op, h, lora_b, y, arena, layout, offset)
+    if y.shape[0] == 0 or (add_inputs and idle):
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(run_expand, h[group].contiguous(), weights[group], y, offset, add_inputs)
         layer = (_layer_key(op, y, *weights[group]), h.dtype, offset, add_inputs)
         compile_plan(kernels, layer, arena, layout, row_buckets())
-        run_plan(kernels, arena, counts, layout, y.shape[0])
+        kernels(plan_tiles(arena, layout, y.shape[0], tokens))
         offset += sum(b.shape[1] for b in weights[group])
+
+
+@_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
+def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
+    tokens, active = counts.tolist()
+    layer = ("lora_expand", h, lora_b, y, arena, layout)
+    if lora_b and uses_kernels(lora_b[0]):
+        _expand_kernels(*layer, tokens, active == 0, offset, add_inputs)
+        return
+    weights = _check_expand(*layer, offset)
+    if y.shape[0] > 0 and not (add_inputs and active == 0):
+        reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
 
 
 def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, small: bool) -> tuple[list, list]:
@@ -149,7 +177,7 @@ def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, s
 
 @replayed
 def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, scale, offset, add_inputs, small) -> None:
-    """Check the layer and compile it, and if `runs` run it on the current stream, over a plan of so many tokens.
+    """Check and compile the layer and if `runs` run it, over a plan of so many tokens.
 
     small: out is `lora_delta`'s, and nothing of the stream comes before the launches.
     """
@@ -222,18 +250,24 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     op = "lora_join"
     checks.matrix(op, "y", y, delta.device, delta.shape[1])
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
-    kernels = uses_kernels(lora_a[0])
-    add = functools.partial(run_add, y, delta)
-    if in_place and kernels:
-        compile_plan(add, _layer_key(op, y, delta), arena, layout, [SMALL_BATCH])
-    if not _fits_beside(x, counts):
+    beside = _fits_beside(x, counts)
+    if beside:
+        join_side(x.device)
+    else:
         _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True)
-        return
-    join_side(x.device)
-    if in_place and kernels:
-        run_plan(add, arena, counts, layout, x.shape[0])
-    elif in_place:
+    if in_place and uses_kernels(x):
+        _add_kernels(op, y, delta, arena, layout, counts.tolist()[0], beside)
+    elif in_place and beside:
         reference.lora_add(y, delta, _plan_slots(arena, counts, layout))
+
+
+@replayed
+def _add_kernels(op, y, delta, arena, layout, tokens, runs) -> None:
+    """Compile the sum of `lora_join` and if `runs` run it, over a plan of so many tokens."""
+    add = functools.partial(run_add, y, delta)
+    compile_plan(add, _layer_key(op, y, delta), arena, layout, [SMALL_BATCH])
+    if runs:
+        add(plan_tiles(arena, layout, y.shape[0], tokens))
 
 
 def linear_beside(
@@ -274,7 +308,7 @@ def linear_beside(
     return y + torch.ops.aten._unsafe_masked_index(delta, written[:, None], [rows], 0)
 
 
-def _check_shrink(op: str, x, weight, out) -> None:
+def _check_shrink_rows(op: str, x, weight, out) -> None:
     checks.shrink_rank(op, weight)
     checks.input_rows(op, x, weight)
     checks.matrix(op, "out", out, weight.device, weight.shape[1])
@@ -282,7 +316,7 @@ def _check_shrink(op: str, x, weight, out) -> None:
     checks.same_rows(op, x=x.shape[0], out=out.shape[0])
 
 
-def _check_expand(op: str, x, weight, out, offset: int, width: int) -> None:
+def _check_expand_rows(op: str, x, weight, out, offset: int, width: int) -> None:
     checks.expand_rank(op, weight)
     checks.matrix(op, "x", x, weight.device, weight.shape[2])
     checks.matrix(op, "out", out, weight.device)
@@ -306,7 +340,7 @@ def _check_segments(
 def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
     op = "bgmv_shrink"
     weight = checks.flat_weights(op, "lora_a", [lora_a])[0]
-    _check_shrink(op, x, weight, out)
+    _check_shrink_rows(op, x, weight, out)
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
@@ -324,7 +358,7 @@ def _bgmv_shrink(x, lora_a, out, slot_indices, scale):
 def _bgmv_expand_slice(x, lora_b, out, slot_indices, slice_offset, slice_size, add_inputs):
     op = "bgmv_expand_slice"
     weight = checks.flat_weights(op, "lora_b", [lora_b])[0]
-    _check_expand(op, x, weight, out, slice_offset, slice_size)
+    _check_expand_rows(op, x, weight, out, slice_offset, slice_size)
     checks.indices(op, slot_indices, weight.shape[0], weight.device)
     checks.same_rows(op, x=x.shape[0], slot_indices=slot_indices.shape[0])
     if x.shape[0] == 0:
@@ -345,7 +379,7 @@ SEGMENT_SCHEMA = (
 def _sgmv_shrink(x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums, scale):
     op = "sgmv_shrink"
     weight = checks.flat_weights(op, "lora_a", [lora_a])[0]
-    _check_shrink(op, x, weight, out)
+    _check_shrink_rows(op, x, weight, out)
     _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)
@@ -377,7 +411,7 @@ def _sgmv_expand_slice(
 ):
     op = "sgmv_expand_slice"
     weight = checks.flat_weights(op, "lora_b", [lora_b])[0]
-    _check_expand(op, x, weight, out, slice_offset, slice_size)
+    _check_expand_rows(op, x, weight, out, slice_offset, slice_size)
     _check_segments(op, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, x.shape[0], x.device)
     checks.indices(op, slot_indices[:batches], weight.shape[0], weight.device)
     segments = (seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums)

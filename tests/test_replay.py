@@ -107,6 +107,20 @@ def lora(op: str, rows: int, layer: str = "qkv", rank: int = 16) -> tuple:
     return op, out, x, a, b, arena, layout, rows, True, 0.5, 0, op != "lora_delta", op == "lora_delta"
 
 
+def halves(rows: int) -> tuple:
+    """Arguments of lora_ops.ops._shrink_kernels and those of _expand_kernels, in memory of their own."""
+    y, x, a, b, h = lora_layer("qkv", 16, rows)
+    arena, _, layout = plan_args(LoraPlan(rows, SLOTS, "cpu"))
+    plan = arena, layout, rows
+    return ("lora_shrink", x, a, h, *plan, 0.5), ("lora_expand", h, b, y, *plan, False, 0, True)
+
+
+def add_of(rows: int) -> tuple:
+    """Arguments of lora_ops.ops._add_kernels, in memory of their own."""
+    arena, _, layout = plan_args(LoraPlan(rows, SLOTS, "cpu"))
+    return "lora_join", empty(rows, 256), empty(lora_ops.ops.SMALL_BATCH, 256), arena, layout, rows, True
+
+
 LORA, MOE = (lora_ops.ops._linear_kernels, lora), (moe_ops.ops._replayed_layer, moe)
 BATCHES = {
     "moe, a few tokens": lambda: (MOE, (2,), {}),
@@ -125,6 +139,9 @@ BATCHES = {
     "lora, many rows": lambda: (LORA, ("lora_join", 2000), {}),
     "lora, beside": lambda: (LORA, ("lora_delta", 40), {}),
     "lora, planes": lambda: (LORA, ("lora_linear", 64, "long", 64), {}),
+    "lora, shrink": lambda: ((lora_ops.ops._shrink_kernels, lambda rows: halves(rows)[0]), (300,), {}),
+    "lora, expand": lambda: ((lora_ops.ops._expand_kernels, lambda rows: halves(rows)[1]), (300,), {}),
+    "lora, add": lambda: ((lora_ops.ops._add_kernels, add_of), (300,), {}),
 }
 
 
