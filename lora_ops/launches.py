@@ -72,19 +72,26 @@ def planes_of_group(k: int, rank: int, planes: int) -> int:
     return group_chunks(k, rank) if planes == -(-k // chunk_k(k)) else 1
 
 
-def run_shrink(x, lora_a, out, scale: float, tiles) -> None:
-    """Complete sums into out, fp32 [S, M, R]."""
-    from .kernels.shrink import shrink, sum_planes
+def run_shrink(x, lora_a, out, scale: float, tiles, **options) -> None:
+    """Complete sums into out, fp32 [S, M, R]; options as `kernels.shrink.shrink` takes them."""
+    from .kernels.shrink import sum_planes
 
     k, rank = x.shape[1], lora_a[0].shape[1]
-    config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
     planes = num_planes(k, rank, tiles.batch)
     if planes == 1:
-        shrink(x, lora_a, out.unsqueeze(0), tiles, scale, config)
+        run_planes(x, lora_a, out.unsqueeze(0), scale, tiles, **options)
     else:
         partial = torch.empty((planes, *out.shape), dtype=torch.float32, device=out.device)
-        shrink(x, lora_a, partial, tiles, scale, config)
-        sum_planes(partial, out, tiles, group=planes_of_group(k, rank, planes))
+        run_planes(x, lora_a, partial, scale, tiles, **options)
+        sum_planes(partial, out, tiles, group=planes_of_group(k, rank, planes), pdl=options.get("pdl", False))
+
+
+def run_planes(x, lora_a, planes, scale: float, tiles, **options) -> None:
+    """Sums over a part of K each into planes, fp32 [C, S, M, R]."""
+    from .kernels.shrink import shrink
+
+    config = shrink_config(x.shape[1], len(lora_a), lora_a[0].shape[1], tiles.batch, x.dtype, x.device)
+    shrink(x, lora_a, planes, tiles, scale, config, **options)
 
 
 def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) -> None:
@@ -105,21 +112,18 @@ def run_linear(
 
     first: nothing of this stream comes before the shrink.
     """
-    from .kernels.shrink import shrink, sum_planes
-
     k, rank = x.shape[1], lora_a[0].shape[1]
     pdl = _supports_pdl(y.device)
-    partial = torch.empty(
-        (num_planes(k, rank, tiles.batch), len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device
-    )
-    config = shrink_config(k, len(lora_a), rank, tiles.batch, x.dtype, x.device)
-    shrink(x, lora_a, partial, tiles, scale, config, pdl=pdl, first=first)
-    group = planes_of_group(k, rank, partial.shape[0])
-    if partial.shape[0] >= SUMMED_PLANES and group > 1:
-        planes, partial = partial, torch.empty_like(partial[:1])
-        sum_planes(planes, partial[0], tiles, group=group, pdl=pdl)
+    planes = num_planes(k, rank, tiles.batch)
+    group = planes_of_group(k, rank, planes)
+    summed = planes >= SUMMED_PLANES and group > 1
+    h = torch.empty((1 if summed else planes, len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device)
+    if summed:
+        run_shrink(x, lora_a, h[0], scale, tiles, pdl=pdl, first=first)
         group = 1
-    run_expand(partial, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
+    else:
+        run_planes(x, lora_a, h, scale, tiles, pdl=pdl, first=first)
+    run_expand(h, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
 
 
 def run_add(y, delta, tiles) -> None:
