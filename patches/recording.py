@@ -80,7 +80,7 @@ class Replay:
         memory = Memory(tensors, allocated)
         self._device = tensors[0].device
         self._launches = [
-            (binary[(*grid, 1, 1)], Template((*arguments, *constants), memory))
+            (binary[(*grid, 1, 1)], Template(arguments, memory, constants))
             for binary, grid, arguments, constants in launches
         ]
         self._sizes = memory.sizes
@@ -120,10 +120,10 @@ class Memory:
 
 
 class Template:
-    """Arguments that addresses are put into: `template(bases)`."""
+    """Arguments that addresses are put into, and constants behind them: `template(bases)`."""
 
-    def __init__(self, arguments: Sequence, memory: Memory) -> None:
-        self._arguments = list(arguments)
+    def __init__(self, arguments: Sequence, memory: Memory, constants: Sequence = ()) -> None:
+        self._arguments = [*arguments, *constants]
         self._pointers: list[tuple[int, int, int]] = []  # position, base, offset
         self._others: list[tuple[int, Callable[[list[int]], object]]] = []
         for position, argument in enumerate(arguments):
