@@ -59,9 +59,13 @@ class ConfigFile:
 
 
 def shared_bytes(config: Any) -> int:
-    """Shared memory that a config may need, at most: a step's two operands in each stage, 64 rows, 2-byte elements."""
+    """Shared memory that a config may need, at most: a step's two operands in each stage, 64 rows, 2-byte elements.
+
+    The rows of an expand are fp32 until they are multiplied.
+    """
     first, second = (getattr(config, field.name) for field in fields(config) if field.name.startswith("block_"))
-    return 2 * config.num_stages * (first * second + 64 * (first + second))
+    stages = 2 * config.num_stages * (first * second + 64 * (first + second))
+    return max(stages, 2 * second * (first + 2 * 64)) if hasattr(config, "block_r") else stages
 
 
 def parse_fields(value: object, kind: type) -> Any:

@@ -13,7 +13,7 @@ import pkgutil
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -24,12 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import lora_ops.kernels
+import lora_ops.kernels.expand
 import lora_ops.launches
 import moe_ops.kernels
 import moe_ops.launches
 from moe_ops.reference import QUANTS
-from ops_configs import files, moe, store
+from ops_configs import files, lora, moe, store
 from ops_configs.moe import LayerConfig, MoeConfig
 from ops_patches.launch import Prepared
 from ops_patches.library import INTERPRET
@@ -437,6 +437,21 @@ def test_moe_config(compiler, name):
     assert ("stationary_kernel" in launched) == config.down.stationary
     if not config.down.stationary:
         assert launched["grouped_gemm_kernel"].constants["PERSISTENT"] == config.down.persistent
+
+
+@pytest.mark.parametrize(("block_n", "block_r"), [(128, 512), (64, 512), (256, 256), (128, 256), (256, 64)], ids=str)
+def test_what_an_expand_is_refused_by(compiler, block_n, block_r):
+    """Of the shared memory that it takes: with one stage its rows of h, in fp32, count."""
+    config = lora.ExpandConfig(block_n, block_r, 4, num_stages=1, steps=1)
+    y, _, _, b, h = lora_layer("down", 512, 1024)
+    with compiler.kernels() as kernels:
+        lora_ops.kernels.expand.expand(h.unsqueeze(0), b, y, plan_tiles(1024), 0, True, config)
+    (kernel,) = kernels
+    assert kernel.shared <= files.shared_bytes(config)
+    if kernel.shared > files.MAX_SHARED_BYTES:
+        with pytest.raises(ValueError, match="shared memory"):
+            files.parse_config(asdict(config), lora.ExpandConfig)
+    assert (kernel.shared > files.MAX_SHARED_BYTES) == ((block_n, block_r) == (128, 512))
 
 
 def written() -> set[str]:
