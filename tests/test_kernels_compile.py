@@ -409,13 +409,19 @@ CONFIGS = {
 }
 
 
+SOME_WITHOUT_PLAN = ("int8 blocks", "int8 weights in groups", "float16, rows that TMA does not take", "float32")
+"""Layers of CONFIGS of which a few choices run without a plan."""
+
+
 def run_config(name: str) -> None:
+    """With a plan, and without where batches may run so."""
     config, sizes, options = CONFIGS[name]
     (hidden, *arguments), options = moe_layer(*sizes, **options)
     layer = moe_ops.launches.layer_of(arguments[1], sizes[1], **options)
     moe.check(config, layer, layer.itemsize(hidden.dtype))
     del options["global_experts"]
-    moe_ops.launches.run_tiles(torch.empty_like(hidden), hidden, *arguments, config, True, **options)
+    for planned in (True, False)[: 1 + moe.runs_without_plan(layer, config, tokens=1)]:
+        moe_ops.launches.run_tiles(torch.empty_like(hidden), hidden, *arguments, config, planned, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -425,6 +431,8 @@ def test_moe_config(compiler, name):
     with compiler.kernels() as kernels:
         run_config(name)
     check(kernels)
+    ways = sum(kernel.name == "gate_up_kernel" for kernel in kernels)
+    assert ways == (2 if name in SOME_WITHOUT_PLAN else 1)
     launched = {kernel.name: kernel for kernel in kernels}
     down = launched["stationary_kernel" if config.down.stationary else "grouped_gemm_kernel"]
     if down.constants.get("OUT_TMA"):
