@@ -27,14 +27,18 @@ _recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """The launches that this thread makes inside, in order."""
-    launches: list[Launch] = []
+def recording(launches: list[Launch] | None) -> Iterator[None]:
+    """The launches that this thread makes inside are appended to `launches`; None: to no list."""
     token = _recorded.set(launches)
     try:
-        yield launches
+        yield
     finally:
         _recorded.reset(token)
+
+
+def is_recorded() -> bool:
+    """Whether a launch of this thread would be appended to a list."""
+    return _recorded.get() is not None
 
 
 class Prepared:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, recording
+from .launch import Launch, is_recorded, recording
 
 ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
@@ -33,7 +33,7 @@ class Address(int):
 
 
 class Allocations(TorchDispatchMode):
-    """What is allocated inside, kept alive; foreign: the first op that is neither an allocation nor a view."""
+    """What is allocated inside for launches that are recorded, kept alive; foreign: the first other op but views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function in ALLOCATIONS:
-            self.tensors.append(result)
+            if is_recorded():
+                self.tensors.append(result)
         elif not function.is_view:
             self.foreign = self.foreign or str(function)
         return result
@@ -51,7 +52,8 @@ class Allocations(TorchDispatchMode):
 
 def record(function: Callable[..., None], arguments: tuple, tensors: Sequence[torch.Tensor]) -> Replay | None:
     """Call `function`; how to make its launches again, or None. tensors: among the arguments, each address once."""
-    with recording() as launches, Allocations() as allocations:
+    launches: list[Launch] = []
+    with recording(launches), Allocations() as allocations:
         function(*arguments)
     try:
         if allocations.foreign:
@@ -136,6 +138,7 @@ class Template:
                 self._arguments[position] = None
                 self._others.append((position, functools.partial(_descriptor, *memory.place(argument.base), rest)))
             elif isinstance(argument, tuple):
+                self._arguments[position] = None
                 self._others.append((position, functools.partial(_tuple, Template(argument, memory))))
 
     def __call__(self, bases: list[int]) -> list:

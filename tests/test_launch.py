@@ -28,10 +28,14 @@ pytestmark = [
 
 
 class Launches(StandIn):
-    """A driver that loads nothing and writes down what is launched: (kernel, grid, arguments)."""
+    """A driver that loads nothing and writes down what is launched: (kernel, warps, grid, arguments).
+
+    early: whether each is set up under the tail of the launch before.
+    """
 
     def __init__(self) -> None:
         self.seen: list[tuple] = []
+        self.early: list[bool] = []
         self.through_triton = 0
         self.utils = self
 
@@ -43,6 +47,7 @@ class Launches(StandIn):
 
     def launcher_cls(self, src: object, metadata: object):
         def launch(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments) -> None:
+            self.early.append(metadata.launch_pdl)
             self.seen.append((function, metadata.num_warps, (x, y, z), [described(a) for a in arguments]))
 
         return launch

@@ -49,7 +49,7 @@ class Batch:
 
     def __init__(self, raw, function, arguments: tuple) -> None:
         raw.seen = []
-        with Allocations() as allocations:
+        with recording([]), Allocations() as allocations:
             function(*arguments)
         self.seen = raw.seen
         self.tensors = [*flat(arguments), *allocations.tensors]
@@ -194,6 +194,12 @@ def test_another_form_is_another_recording():
     assert tuple(form) == forms[0]
 
 
+def test_extent():
+    memory = torch.empty(4, 8, dtype=torch.int16)
+    for tensor, size in ((memory, 64), (memory[:, :3], 54), (memory[1:2, ::2], 14), (memory[:0], 0), (memory.T, 64)):
+        assert extent(tensor) == size
+
+
 class Counted:
     """`add` of the rows of a plan, counted where it is not a replay."""
 
@@ -310,25 +316,105 @@ def test_other_folders_are_other_launches(counted):
 
 
 def test_what_is_compiled_ahead_is_not_made_again(raw):
-    """The first batch of a layer compiles for all others: by launches without programs, and memory for these."""
+    """The first batch of a layer compiles for all others: by launches without programs, whose memory is let go."""
     function, arguments = lora_ops.ops._linear_kernels, lora("lora_linear", 300, "down")
     lora_ops.launches._compiled.clear()
-    assert len(Batch(raw, function, arguments).seen) > 2
+    first = Batch(raw, function, arguments)
     again = Batch(raw, function, arguments)
+    assert len(first.seen) > 2
     assert len(again.seen) == 2
-    assert len(again.tensors) - again.given == 1
+    for batch in (first, again):
+        assert len(batch.tensors) - batch.given == 1
     assert all(x > 0 for _, _, (x, _, _), _ in again.seen)
 
 
 def test_an_inner_recording_is_its_own(raw):
     tiles = plan_tiles(64)
-    with recording() as outer:
+    outer, inner = [], []
+    with recording(outer):
         add(empty(64, 32), empty(64, 32), tiles)
-        with recording() as inner:
+        with recording(inner):
             add(empty(64, 48), empty(64, 48), tiles)
-    assert len(outer) == len(inner) == 1
+        with recording(None):
+            add(empty(64, 64), empty(64, 64), tiles)
+        add(empty(64, 32), empty(64, 32), tiles)
     add(empty(64, 32), empty(64, 32), tiles)
-    assert len(outer) == 1
+    assert [len(outer), len(inner)] == [2, 1]
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_delta", "lora_join"])
+def test_what_a_linear_compiles_for(raw, monkeypatch, op):
+    """lora_delta takes small batches alone, and lora_join the others."""
+    batches = []
+    monkeypatch.setattr(lora_ops.ops, "compile_plan", lambda *arguments: batches.extend(arguments[-1]))
+    lora_ops.ops._linear_kernels(*lora(op, 2000))
+    small = [rows for rows in store.BUCKETS if rows <= lora_ops.ops.SMALL_BATCH]
+    large = [rows for rows in store.BUCKETS if rows > lora_ops.ops.SMALL_BATCH]
+    assert batches == {"lora_linear": small + large, "lora_delta": small, "lora_join": large}[op]
+
+
+def lora_ops_of(plan: LoraPlan, rows: int, add_inputs: bool) -> dict:
+    """Calls of the ops that run over a plan, on fresh tensors."""
+    y, x, a, b, h = lora_layer("qkv", 16, rows)
+    delta = empty(lora_ops.ops.SMALL_BATCH, y.shape[1])
+    ops, plan = torch.ops.lora_ops, plan_args(plan)
+    return {
+        "lora_linear": lambda: ops.lora_linear(y, x, a, b, *plan, 0.5, 0, add_inputs),
+        "lora_expand": lambda: ops.lora_expand(h, b, y, *plan, 0, add_inputs),
+        "lora_delta": lambda: ops.lora_delta(delta, x, a, b, *plan, 0.5),
+        "lora_join": lambda: ops.lora_join(delta, y, x, a, b, *plan, 0.5, True),
+        "lora_shrink": lambda: ops.lora_shrink(x, a, h, *plan, 0.5),
+    }
+
+
+@pytest.mark.parametrize("rows", [40, 700])
+def test_what_the_lora_ops_launch(raw, rows):
+    """Launches of each op: once compiled, in a batch whose tokens have adapters and in one whose tokens have none.
+
+    What adds to its output has nothing to add then; what overwrites it writes zeros.
+    """
+    plan = LoraPlan(rows, SLOTS, "cpu")
+    small = rows <= lora_ops.ops.SMALL_BATCH
+    expected = {
+        (True, 0): {"lora_linear": 2, "lora_expand": 1, "lora_shrink": 2},
+        (True, -1): {"lora_linear": 0, "lora_expand": 0, "lora_shrink": 2},
+        (False, 0): {"lora_linear": 2, "lora_expand": 1, "lora_shrink": 2},
+        (False, -1): {"lora_linear": 2, "lora_expand": 1, "lora_shrink": 2},
+    }
+    for (add_inputs, slot), counts in expected.items():
+        busy = slot == 0
+        counts |= {"lora_delta": 2 * (small and busy), "lora_join": (1 if small else 2) * busy}
+        plan.update([slot] * rows)
+        for _ in range(2):
+            for name, call in lora_ops_of(plan, rows, add_inputs).items():
+                raw.seen = []
+                call()
+                assert sum(x > 0 for _, _, (x, _, _), _ in raw.seen) == counts[name], (name, add_inputs, slot)
+
+
+def test_what_follows_nothing_of_its_stream_starts_by_itself(raw):
+    """The base layer's input may still be on its way where lora_delta begins; lora_linear follows its stream."""
+    for op, early in (("lora_delta", [False, True]), ("lora_linear", [True, True])):
+        arguments = lora(op, 40)
+        lora_ops.ops._linear_kernels(*arguments)
+        raw.early = []
+        lora_ops.ops._linear_kernels(*arguments)
+        assert raw.early == early
+
+
+def test_tiles_of_a_part_of_the_tokens(raw):
+    """A batch of fewer rows than the plan has tokens walks the tiles of all: its rows may be in any of them."""
+    plan = LoraPlan(300, SLOTS, "cpu")
+    grids = []
+    for tokens in (300, 40):
+        plan.update([token % SLOTS for token in range(tokens)])
+        for name, call in lora_ops_of(plan, 40, True).items():
+            call()
+            raw.seen = []
+            call()
+            grids.append((name, tokens, max((x for _, _, (x, _, _), _ in raw.seen), default=0)))
+    for (name, _, all_tokens), (_, _, few) in zip(grids[:5], grids[5:], strict=True):
+        assert all_tokens > few > 0, name
 
 
 def test_pieces_are_those_of_the_batch(raw):
