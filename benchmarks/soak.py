@@ -198,7 +198,8 @@ class Engine:
             "lora_target_modules": [*ATTENTION, *MLP],
         }
         if torch.cuda.is_available() and options.variant == "patched":
-            arguments["jit_monitor_mode"] = "error"  # a kernel that compiles while it serves stops the engine
+            # a kernel that compiles while it serves stops the engine: vLLM has its own for one log-prob a token
+            arguments["jit_monitor_mode"] = "error"
         start = time.perf_counter()
         self.llm = LLM(**arguments)
         self.ready_s = time.perf_counter() - start

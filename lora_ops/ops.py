@@ -54,6 +54,11 @@ def _num_active(counts: torch.Tensor) -> int:
     return counts.tolist()[1]
 
 
+def _spanned(counts: torch.Tensor, rows: torch.Tensor) -> int:
+    """Tokens whose tiles a batch of these rows walks: the plan's, or with padding more."""
+    return max(counts.tolist()[0], rows.shape[0] if rows.ndim else 0)
+
+
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
     """What a kernel is compiled for: device, and dtype, columns and strides of each tensor."""
     return (name, tensors[0].device, *((t.dtype, t.shape[1:], t.stride()) for t in tensors))
@@ -105,7 +110,7 @@ def _shrink_kernels(op, x, lora_a, out, arena, layout, tokens, scale) -> None:
 def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     layer = ("lora_shrink", x, lora_a, out, arena, layout)
     if uses_kernels(x):
-        _shrink_kernels(*layer, counts.tolist()[0], scale)
+        _shrink_kernels(*layer, _spanned(counts, x), scale)
         return
     weights = _check_shrink(*layer)
     if x.shape[0] > 0:
@@ -139,13 +144,13 @@ def _expand_kernels(op, h, lora_b, y, arena, layout, tokens, idle, offset, add_i
 
 @_register(f"lora_expand(Tensor h, Tensor[] lora_b, Tensor(a!) y, {PLAN_SCHEMA}, int offset, bool add_inputs)")
 def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
-    tokens, active = counts.tolist()
     layer = ("lora_expand", h, lora_b, y, arena, layout)
+    idle = _num_active(counts) == 0
     if lora_b and uses_kernels(lora_b[0]):
-        _expand_kernels(*layer, tokens, active == 0, offset, add_inputs)
+        _expand_kernels(*layer, _spanned(counts, y), idle, offset, add_inputs)
         return
     weights = _check_expand(*layer, offset)
-    if y.shape[0] > 0 and not (add_inputs and active == 0):
+    if y.shape[0] > 0 and not (add_inputs and idle):
         reference.lora_expand(h, weights, y, _plan_slots(arena, counts, layout), offset, add_inputs)
 
 
@@ -199,11 +204,10 @@ def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, sca
 
 def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, add_inputs) -> None:
     """The whole layer on the current stream."""
-    tokens, active = counts.tolist()
     layer = (op, y, x, lora_a, lora_b, arena, layout)
     if uses_kernels(x):
-        runs = x.numel() > 0 and not (add_inputs and active == 0)
-        _linear_kernels(*layer, tokens, runs, scale, offset, add_inputs, False)
+        runs = x.numel() > 0 and not (add_inputs and _num_active(counts) == 0)
+        _linear_kernels(*layer, _spanned(counts, x), runs, scale, offset, add_inputs, False)
         return
     a, b = _check_linear(*layer, offset, False)
     if x.shape[0] > 0:
@@ -232,12 +236,12 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
             slots = _plan_slots(arena, counts, layout)
             reference.lora_linear(delta[: x.shape[0]], x, a, b, slots, scale, 0, False)
         return
-    beside = x.ndim == 2 and _fits_beside(x, counts)
-    launch = functools.partial(_linear_kernels, *layer, counts.tolist()[0], beside, scale, 0, False, True)
-    if beside:
+    if x.ndim == 2 and _fits_beside(x, counts):
+        launch = functools.partial(_linear_kernels, *layer, _spanned(counts, x), True, scale, 0, False, True)
         run_beside(launch, x.device)
     else:
-        launch()
+        op, delta, x, *weights = layer
+        _linear_kernels(op, delta, x[:SMALL_BATCH] if x.ndim else x, *weights, 0, False, scale, 0, False, True)
 
 
 # delta stands before y: torch.compile moves producers next to their reader in this order, and lora_delta must fork off
@@ -256,7 +260,7 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     else:
         _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True)
     if in_place and uses_kernels(x):
-        _add_kernels(op, y, delta, arena, layout, counts.tolist()[0], beside)
+        _add_kernels(op, y, delta, arena, layout, _spanned(counts, y), beside)
     elif in_place and beside:
         reference.lora_add(y, delta, _plan_slots(arena, counts, layout))
 

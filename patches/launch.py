@@ -8,10 +8,8 @@ knobs say of compiling (debug, instrumentation) counts when a binary is first la
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 import torch
 from triton import JITFunction
@@ -19,26 +17,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .replay import ALIGNMENT
+from .replay import ALIGNMENT, recorded
 
-Launch = tuple[CompiledKernel, tuple[int, ...], tuple, tuple]
-"""Binary, grid, arguments, constants."""
-_recorded: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("recorded", default=None)
-
-
-@contextlib.contextmanager
-def recording(launches: list[Launch] | None) -> Iterator[None]:
-    """The launches that this thread makes inside are appended to `launches`; None: to no list."""
-    token = _recorded.set(launches)
-    try:
-        yield
-    finally:
-        _recorded.reset(token)
-
-
-def is_recorded() -> bool:
-    """Whether a launch of this thread would be appended to a list."""
-    return _recorded.get() is not None
+Launch = tuple[CompiledKernel | None, tuple[int, ...], tuple, tuple]
+"""Binary if there is one, grid, arguments, constants."""
 
 
 class Prepared:
@@ -65,10 +47,10 @@ class Prepared:
         if binary is not None:
             binary[(*grid, 1, 1)](*arguments, *self._constants_in_order)
         else:
-            binary = self.through_triton(grid, *arguments)
-            if isinstance(binary, CompiledKernel):
-                self._binaries[key] = binary
-        if (launches := _recorded.get()) is not None:
+            made = self.through_triton(grid, *arguments)
+            if isinstance(made, CompiledKernel):
+                binary = self._binaries[key] = made
+        if (launches := recorded()) is not None:
             launches.append((binary, grid, arguments, self._constants_in_order))
 
     def through_triton(self, grid: tuple[int, ...], *arguments: object) -> CompiledKernel | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, is_recorded, recording
+from .launch import Launch
+from .replay import recorded, recording
 
+logger = logging.getLogger("lora_ops")
 ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -33,7 +36,10 @@ class Address(int):
 
 
 class Allocations(TorchDispatchMode):
-    """What is allocated inside for launches that are recorded, kept alive; foreign: the first other op but views."""
+    """What is allocated inside for launches that are recorded, kept alive; foreign: the first other op but views.
+
+    In inference mode some copies count as views: `Memory.place` finds that a launch takes memory of nobody.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,43 +49,53 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function in ALLOCATIONS:
-            if is_recorded():
+            if recorded() is not None:
                 self.tensors.append(result)
         elif not function.is_view:
             self.foreign = self.foreign or str(function)
         return result
 
 
-def record(function: Callable[..., None], arguments: tuple, tensors: Sequence[torch.Tensor]) -> Replay | None:
-    """Call `function`; how to make its launches again, or None. tensors: among the arguments, each address once."""
+def record(
+    function: Callable[..., None], arguments: tuple, addresses: list[int], tensors: Sequence[torch.Tensor]
+) -> Replay | None:
+    """Call `function`; how to make its launches again, or None. addresses: of tensors, those among the arguments."""
     launches: list[Launch] = []
     with recording(launches), Allocations() as allocations:
         function(*arguments)
     try:
         if allocations.foreign:
             raise NotReplayable(f"{allocations.foreign} ran among the launches")
-        return Replay(launches, tensors, allocations.tensors)
-    except NotReplayable:
+        return Replay(launches, addresses, tensors, allocations.tensors)
+    except NotReplayable as reason:
+        logger.debug("%s computes its launches in each such call: %s", function.__name__, reason)
         return None
 
 
 class Replay:
     """Launches to be made again: `replay(addresses)` with those of other tensors of the same form.
 
-    Memory is allocated as it was, piece by piece: a server that has seen its largest batch has room for it again.
+    Memory is allocated in the pieces in which the recorded call allocated it, and kept until the last launch is made.
     """
 
     def __init__(
-        self, launches: Sequence[Launch], tensors: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]
+        self,
+        launches: Sequence[Launch],
+        addresses: list[int],
+        tensors: Sequence[torch.Tensor],
+        allocated: Sequence[torch.Tensor],
     ) -> None:
-        """Raises NotReplayable: the launches take memory that is neither a tensor's nor allocated, or tensors overlap.
+        """Raises NotReplayable: a launch takes memory of nobody or has no binary, or tensors overlap.
 
         Args:
             launches: in order.
-            tensors: whose addresses a replay is given, in this order.
-            allocated: by the launches' function, all alive.
+            addresses: of tensors, in the order in which a replay is given others.
+            tensors: that the launches' function was given.
+            allocated: by that function, all alive.
         """
-        memory = Memory(tensors, allocated)
+        if any(binary is None for binary, *_ in launches):
+            raise NotReplayable("a kernel was not compiled")
+        memory = Memory(addresses, tensors, allocated)
         self._device = tensors[0].device
         self._launches = [
             (binary[(*grid, 1, 1)], Template(arguments, memory, constants))
@@ -95,18 +111,19 @@ class Replay:
 
 
 class Memory:
-    """Where tensors of launches lie: in those given, or in pieces allocated, which count on behind them.
+    """Where tensors of launches lie: in those given, or in pieces allocated, which count on behind their addresses.
 
     sizes: bytes of the pieces that were asked for, in order.
     """
 
-    def __init__(self, given: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]) -> None:
-        """Raises NotReplayable: they overlap."""
-        spans = [(t.data_ptr(), t.data_ptr() + extent(t), i) for i, t in enumerate((*given, *allocated))]
+    def __init__(self, addresses: list[int], given: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]) -> None:
+        """Raises NotReplayable: they overlap, but for tensors that are the same memory."""
+        spans = {(t.data_ptr(), t.data_ptr() + extent(t), addresses.index(t.data_ptr())) for t in given}
+        spans |= {(t.data_ptr(), t.data_ptr() + extent(t), i) for i, t in enumerate(allocated, len(addresses))}
         self._spans = sorted(span for span in spans if span[0] < span[1])
         if any(end > start for (_, end, _), (start, *_) in itertools.pairwise(self._spans)):
             raise NotReplayable("tensors overlap")
-        self._bases = {i: i for i in range(len(given))}
+        self._bases = {i: i for i in range(len(addresses))}
         self.sizes: list[int] = []
 
     def place(self, tensor: torch.Tensor) -> tuple[int, int]:

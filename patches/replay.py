@@ -8,9 +8,11 @@ launch parameters, grids, strides and the choice of binaries follow from it. `re
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
@@ -22,14 +24,32 @@ KEPT = 256
 """Forms whose launches a function keeps; then the oldest goes."""
 ALIGNMENT = 16
 """Triton compiles for pointers aligned to as many bytes, and for integers that are multiples of it."""
+UNSEEN = object()
+_recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording(launches: list | None) -> Iterator[None]:
+    """The launches (launch.Launch) that this thread makes inside are appended to `launches`; None: to no list."""
+    token = _recorded.set(launches)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
+
+def recorded() -> list | None:
+    """The list that this thread's launches are appended to."""
+    return _recorded.get()
 
 
 def replayed(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, whose launches are made again where it is called with a form that it was called with before.
 
     Its arguments are tensors of one device, hashable values, and lists and tuples of both, by position. It launches
-    kernels of `launch.prepared` on that device, which is the current one; which ones, and with what, follows from the
-    form alone. Where it makes torch run something else, or tensors overlap, it runs each time.
+    kernels of `launch.prepared` on that device, which is the current one, and on the current stream; which ones, and
+    with what, follows from the form alone. It waits for no event and changes no stream: a replay would not. Where it
+    makes torch run a kernel, or tensors overlap, it runs each time.
     """
     if INTERPRET:
         return function
@@ -39,21 +59,22 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*arguments) -> None:
+        if recorded() is not None:  # a part of another recording
+            function(*arguments)
+            return
         form, addresses, tensors = [], [], []
         add_form(arguments, form, addresses, tensors)
         key = tuple(form)
-        try:
-            replay = kept[key]
-        except KeyError:
+        replay = kept.get(key, UNSEEN)
+        if replay is UNSEEN:
             from .recording import record  # imports Triton
 
-            made = record(function, arguments, tensors)
+            made = record(function, arguments, addresses, tensors)
             with lock:
                 kept[key] = made
                 if len(kept) > KEPT:
                     del kept[next(iter(kept))]
-            return
-        if replay is None:
+        elif replay is None:
             function(*arguments)
         else:
             replay(addresses)
@@ -62,17 +83,17 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_form(arguments: Sequence, form: list[Hashable], addresses: list[int], tensors: list[torch.Tensor]) -> None:
-    """Append the form of arguments, and their tensors and these tensors' addresses, each address once."""
+    """Append the form of arguments, their tensors, and the addresses of these, each address once."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             address = argument.data_ptr()
             if address not in addresses:
                 addresses.append(address)
-                tensors.append(argument)
+            tensors.append(argument)
             of_memory = argument.device, addresses.index(address), address % ALIGNMENT
             form += argument.dtype, argument.shape, argument.stride(), *of_memory
         elif type(argument) in (list, tuple):
-            form.append(len(argument))
+            form += type(argument), len(argument)
             add_form(argument, form, addresses, tensors)
         else:
-            form.append(argument)
+            form += type(argument), argument  # True == 1 == 1.0

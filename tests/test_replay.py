@@ -1,7 +1,11 @@
 """Launches made again: what a batch would launch by itself, and only for a batch of the same form."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import lora_ops.ops
@@ -9,11 +13,12 @@ import moe_ops.ops
 from lora_ops.kernels.add import add
 from lora_ops.plan import LoraPlan, plan_args
 from ops_configs import store
+from ops_patches import recording as recording_module
 from ops_patches import replay
-from ops_patches.launch import recording
+from ops_patches.launch import Prepared
 from ops_patches.library import INTERPRET
-from ops_patches.recording import Allocations, extent
-from ops_patches.replay import add_form, replayed
+from ops_patches.recording import ALLOCATIONS, extent
+from ops_patches.replay import add_form, recording, replayed
 
 from . import test_launch
 from .test_kernels_compile import FP8_BLOCKS, HALF, SLOTS, empty, lora_layer, moe_layer, plan_tiles
@@ -44,15 +49,29 @@ def flat(arguments: object) -> list:
     return [t for argument in arguments for t in flat(argument)] if isinstance(arguments, (list, tuple)) else []
 
 
+class Kept(TorchDispatchMode):
+    """Keeps what is allocated inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATIONS:
+            self.tensors.append(result)
+        return result
+
+
 class Batch:
     """What a call launches, and where its addresses lie."""
 
     def __init__(self, raw, function, arguments: tuple) -> None:
         raw.seen = []
-        with recording([]), Allocations() as allocations:
+        with Kept() as kept:
             function(*arguments)
         self.seen = raw.seen
-        self.tensors = [*flat(arguments), *allocations.tensors]
+        self.tensors = [*flat(arguments), *kept.tensors]
         self.given = len(flat(arguments))
         self.pieces: dict[int, int] = {}
 
@@ -182,6 +201,11 @@ def test_another_form_is_another_recording():
         (x, y, (3,)),
         (x, y, [3, 3]),
         (x.to("meta"), y, 3),
+        (x, y, 1),
+        (x, y, 1.0),
+        (x, y, True),
+        (x, y, 1, [1]),
+        (x, y, [1], 1),
     ]
     forms = []
     for batch in batches:
@@ -315,17 +339,110 @@ def test_other_folders_are_other_launches(counted):
         assert once.calls == calls
 
 
-def test_what_is_compiled_ahead_is_not_made_again(raw):
+def test_what_is_compiled_ahead_is_not_made_again(raw, monkeypatch):
     """The first batch of a layer compiles for all others: by launches without programs, whose memory is let go."""
     function, arguments = lora_ops.ops._linear_kernels, lora("lora_linear", 300, "down")
+    allocated, make = [], recording_module.Replay
+
+    def watched(*args):
+        allocated.append(len(args[-1]))
+        return make(*args)
+
+    monkeypatch.setattr(recording_module, "Replay", watched)
     lora_ops.launches._compiled.clear()
-    first = Batch(raw, function, arguments)
-    again = Batch(raw, function, arguments)
+    first, again = Batch(raw, function, arguments), Batch(raw, function, arguments)
     assert len(first.seen) > 2
     assert len(again.seen) == 2
-    for batch in (first, again):
-        assert len(batch.tensors) - batch.given == 1
     assert all(x > 0 for _, _, (x, _, _), _ in again.seen)
+    assert allocated == [1]
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_nothing_is_kept_alive(raw, name):
+    """Of a batch: its tensors, and what it allocated."""
+    (function, make), sizes, options = BATCHES[name]()
+    shared = {id(tensor) for tensor in flat(list(options.values()))}
+    for _ in range(2):
+        batch = Batch(raw, function, make(*sizes, **options))
+        alive = [weakref.ref(tensor) for tensor in batch.tensors if id(tensor) not in shared]
+        raw.seen = []
+        del batch
+        gc.collect()
+        assert [tensor() for tensor in alive if tensor() is not None] == []
+
+
+def test_errors_are_those_of_the_call(raw):
+    """With nothing of the search for its form before them."""
+    arguments = list(lora("lora_linear", 300))
+    arguments[2] = arguments[2][:200]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row counts differ") as caught:
+            lora_ops.ops._linear_kernels(*arguments)
+        assert caught.value.__context__ is None
+
+
+def test_a_replayed_call_in_another(counted, raw):
+    """It is a part of the other's launches."""
+    once, inner, pointers = counted()
+
+    @replayed
+    def outer(y, delta, pointers):
+        inner(y, delta, pointers)
+        inner(delta, y, pointers)
+
+    for _ in range(3):
+        outer(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == 2
+    assert len(raw.seen) == 6
+
+
+def test_memory_side_by_side(counted, raw):
+    """Halves of one tensor: the end of the first is the beginning of the second."""
+    once, run, pointers = counted()
+    for ends in (1, -1):
+        halves = empty(128, 32).split(64)[::ends]
+        raw.seen = []
+        run(*halves, pointers)
+        run(*halves, pointers)
+        for *_, arguments in raw.seen:
+            addresses = [a if isinstance(a, int) else a.data_ptr() for a in arguments[:2]]
+            assert addresses == [half.data_ptr() for half in halves]
+    assert once.calls == 1
+
+
+def test_empty_memory(counted, raw):
+    once, run, pointers = counted()
+    for _ in range(3):
+        run(empty(0, 32), empty(0, 32), pointers)
+    assert once.calls == 1
+    assert [arguments[:2] for *_, arguments in raw.seen[1:]] == [[0, 0], [0, 0]]
+
+
+def test_one_address_and_two_extents(counted, raw):
+    """A launch may take the end of the longer one: whose address that is would not be clear."""
+    once, run, pointers = counted()
+    memory = empty(64, 32)
+    for _ in range(3):
+        run(memory, memory[:32], pointers)
+    assert once.calls == len(raw.seen) == 3
+
+
+def test_a_kernel_without_a_binary(counted, raw, monkeypatch):
+    """Triton's hooks may skip a compilation: there is nothing to launch again."""
+    once, run, pointers = counted()
+    monkeypatch.setattr(Prepared, "through_triton", lambda self, grid, *arguments: None)
+    for _ in range(2):
+        run(empty(64, 32), empty(64, 32), pointers)
+    assert once.calls == 2
+
+
+def test_in_inference_mode(raw):
+    (function, make), sizes, options = BATCHES["moe, fp8 blocks"]()
+    with torch.inference_mode():
+        for _ in range(2):
+            raw.seen = []
+            function(*make(*sizes, **options))
+        assert all(type(a) is not torch.Tensor for *_, arguments in raw.seen for a in arguments), "it ran anew"
 
 
 def test_an_inner_recording_is_its_own(raw):
@@ -424,7 +541,7 @@ def test_pieces_are_those_of_the_batch(raw):
     again = make(2000)
     sizes = []
     for run in (function, function.__wrapped__):
-        with Allocations() as allocations:
+        with Kept() as kept:
             run(*again)
-        sizes.append([extent(tensor) for tensor in allocations.tensors])
+        sizes.append([extent(tensor) for tensor in kept.tensors])
     assert sorted(sizes[0]) == sorted(sizes[1])
