@@ -33,8 +33,10 @@ def replays(monkeypatch):
 def by_itself(monkeypatch, function, *args, **options):
     """The result of a call whose launches are not made again."""
     with monkeypatch.context() as patch:
-        for ops, name in ((lora_ops.ops, "_linear_kernels"), (moe_ops.ops, "_replayed_layer")):
-            patch.setattr(ops, name, getattr(ops, name).__wrapped__)
+        for ops in (lora_ops.ops, moe_ops.ops):
+            for name, value in list(vars(ops).items()):
+                if name.endswith("_kernels") or name == "_replayed_layer":
+                    patch.setattr(ops, name, value.__wrapped__)
         return function(*args, **options)
 
 
@@ -61,8 +63,12 @@ def test_moe(monkeypatch, replays, case):
 
 
 @pytest.mark.parametrize("scheme", test_moe_quant.SCHEMES)
-def test_quantised_moe(monkeypatch, replays, scheme):
-    check_moe(monkeypatch, replays, lambda: test_moe_quant.make_quantised(QUANTISED, scheme, torch.bfloat16, "cuda"))
+@pytest.mark.parametrize("inference", [False, True])
+def test_quantised_moe(monkeypatch, replays, scheme, inference):
+    with torch.inference_mode(inference):
+        check_moe(
+            monkeypatch, replays, lambda: test_moe_quant.make_quantised(QUANTISED, scheme, torch.bfloat16, "cuda")
+        )
 
 
 def test_ids_in_a_larger_tensor(monkeypatch, replays):
@@ -84,14 +90,19 @@ LORA = [
 
 
 @pytest.mark.parametrize("case", LORA, ids=lambda case: case.why if hasattr(case, "why") else str(case))
-@pytest.mark.parametrize("beside", [False, True], ids=["linear", "beside"])
-def test_lora(monkeypatch, replays, case, beside):
+@pytest.mark.parametrize("how", ["linear", "halves", "beside", "beside, in place"])
+def test_lora(monkeypatch, replays, case, how):
     def run(layer, y):
         weights = layer.lora_a, layer.lora_b, layer.plan
-        if not beside:
+        if how == "linear":
             lora_ops.lora_linear(y, layer.x, *weights)
-            return y
-        return lora_ops.linear_beside(lambda: y, layer.x, *weights)
+        elif how == "halves":
+            h = torch.full((len(case.widths), case.tokens, case.rank), torch.nan, device="cuda")
+            lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan)
+            lora_ops.lora_expand(h, layer.lora_b, y, layer.plan)
+        else:
+            return lora_ops.linear_beside(lambda: y, layer.x, *weights, in_place=how != "beside")
+        return y
 
     layers = [cases.make_layer(case, torch.bfloat16, "cuda") for _ in range(4)]
     starts = [layer.y[:, : sum(case.widths)] for layer in layers]
@@ -133,6 +144,26 @@ def test_in_a_cuda_graph(monkeypatch, replays):
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, by_itself(monkeypatch, moe_ops.fused_experts, **layer))
+
+
+def test_lora_in_a_cuda_graph(monkeypatch, replays):
+    """Of a plan that is updated between the graph's replays."""
+    layer = cases.make_layer(cases.Case(40, 256, (128, 64), 16, 5, "decode"), torch.bfloat16, "cuda")
+    arguments = layer.x, layer.lora_a, layer.lora_b, layer.plan
+    start = layer.y[:, :192].clone()
+    y = start.clone()
+    lora_ops.lora_linear(y, *arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora_ops.lora_linear(y, *arguments)
+    assert len(replays) > 0
+    for _ in range(3):
+        layer.plan.update(np.random.default_rng().integers(-1, 5, 40))
+        y.copy_(start)
+        graph.replay()
+        expected = start.clone()
+        by_itself(monkeypatch, lora_ops.lora_linear, expected, *arguments)
+        assert torch.equal(y, expected)
 
 
 def test_bad_input_is_refused_each_time(replays):
