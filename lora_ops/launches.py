@@ -12,7 +12,7 @@ import torch
 from ops_configs.lora import expand_config, shrink_config, tile_rows_for
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
-from ops_patches.replay import recording
+from ops_patches.replay import recording_to
 
 from .config import CHUNKS_BATCH, PLANES_BATCH, SUMMED_PLANES, chunk_k, group_chunks
 from .plan import plan_layout, tile_count_bound
@@ -147,7 +147,7 @@ def compile_plan(
     """
     if layer in _compiled or INTERPRET:
         return
-    with recording(None):  # no batch makes them again
+    with recording_to(None):  # no batch makes them again
         for num_rows in batches:
             kernels(replace(plan_tiles(arena, layout, num_rows), count=0))
     _compiled.add(layer)

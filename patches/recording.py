@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
-from .replay import recorded, recording
+from .replay import recorded, recording_to
 
 logger = logging.getLogger("lora_ops")
 ALLOCATIONS = {
@@ -61,7 +61,7 @@ def record(
 ) -> Replay | None:
     """Call `function`; how to make its launches again, or None. addresses: of tensors, those among the arguments."""
     launches: list[Launch] = []
-    with recording(launches), Allocations() as allocations:
+    with recording_to(launches), Allocations() as allocations:
         function(*arguments)
     try:
         if allocations.foreign:

@@ -29,7 +29,7 @@ _recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorde
 
 
 @contextlib.contextmanager
-def recording(launches: list | None) -> Iterator[None]:
+def recording_to(launches: list | None) -> Iterator[None]:
     """The launches (launch.Launch) that this thread makes inside are appended to `launches`; None: to no list."""
     token = _recorded.set(launches)
     try:

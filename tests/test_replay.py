@@ -13,12 +13,11 @@ import moe_ops.ops
 from lora_ops.kernels.add import add
 from lora_ops.plan import LoraPlan, plan_args
 from ops_configs import store
-from ops_patches import recording as recording_module
-from ops_patches import replay
+from ops_patches import recording, replay
 from ops_patches.launch import Prepared
 from ops_patches.library import INTERPRET
 from ops_patches.recording import ALLOCATIONS, extent
-from ops_patches.replay import add_form, recording, replayed
+from ops_patches.replay import add_form, recording_to, replayed
 
 from . import test_launch
 from .test_kernels_compile import FP8_BLOCKS, HALF, SLOTS, empty, lora_layer, moe_layer, plan_tiles
@@ -342,13 +341,13 @@ def test_other_folders_are_other_launches(counted):
 def test_what_is_compiled_ahead_is_not_made_again(raw, monkeypatch):
     """The first batch of a layer compiles for all others: by launches without programs, whose memory is let go."""
     function, arguments = lora_ops.ops._linear_kernels, lora("lora_linear", 300, "down")
-    allocated, make = [], recording_module.Replay
+    allocated, make = [], recording.Replay
 
     def watched(*args):
         allocated.append(len(args[-1]))
         return make(*args)
 
-    monkeypatch.setattr(recording_module, "Replay", watched)
+    monkeypatch.setattr(recording, "Replay", watched)
     lora_ops.launches._compiled.clear()
     first, again = Batch(raw, function, arguments), Batch(raw, function, arguments)
     assert len(first.seen) > 2
@@ -448,11 +447,11 @@ def test_in_inference_mode(raw):
 def test_an_inner_recording_is_its_own(raw):
     tiles = plan_tiles(64)
     outer, inner = [], []
-    with recording(outer):
+    with recording_to(outer):
         add(empty(64, 32), empty(64, 32), tiles)
-        with recording(inner):
+        with recording_to(inner):
             add(empty(64, 48), empty(64, 48), tiles)
-        with recording(None):
+        with recording_to(None):
             add(empty(64, 64), empty(64, 64), tiles)
         add(empty(64, 32), empty(64, 32), tiles)
     add(empty(64, 32), empty(64, 32), tiles)
