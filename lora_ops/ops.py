@@ -184,12 +184,12 @@ def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, s
 def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, scale, offset, add_inputs, small) -> None:
     """Check and compile the layer and if `runs` run it, over a plan of so many tokens.
 
-    small: out is `lora_delta`'s, and nothing of the stream comes before the launches.
+    small: out is `lora_delta`'s, x has no more rows, and nothing of the stream comes before the launches.
     """
     a, b = _check_linear(op, out, x, lora_a, lora_b, arena, layout, offset, small)
     options, batches = {}, row_buckets()
     if small:
-        out, x = out[: x.shape[0]], x[:SMALL_BATCH]
+        out = out[: x.shape[0]]
         options = {"zero_others": False, "first": True}
     if op != "lora_linear":
         batches = [rows for rows in batches if (rows <= SMALL_BATCH) == small]
