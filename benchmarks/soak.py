@@ -97,7 +97,10 @@ class Probe:
 
 @dataclass
 class Window:
-    """What happened in a stretch of the soak; tokens are prompt and generated tokens of finished requests."""
+    """What happened in a stretch of the soak, and where its time went.
+
+    Tokens are prompt and generated tokens of finished requests.
+    """
 
     seconds: float = 0.0
     tokens: int = 0
@@ -105,6 +108,9 @@ class Window:
     aborted: int = 0
     swaps: int = 0
     activations: int = 0
+    steps: int = 0
+    replacing_s: float = 0.0  # of seconds; adapters wait for the step in flight, and are read from the disk
+    activating_s: float = 0.0  # in the worker, whose steps wait while an adapter is put into a slot
     errors: list[float] = field(default_factory=list)  # rms of each probe
     allocated_mib: float = 0.0
     reserved_mib: float = 0.0
@@ -128,10 +134,12 @@ def look_inside(worker) -> dict:
 
     manager = worker.model_runner.lora_manager._adapter_manager
     if not hasattr(manager, "activations"):
-        manager.activations, activate = 0, manager.activate_adapter
+        manager.activations, manager.activating_s, activate = 0, 0.0, manager.activate_adapter
 
         def activate_adapter(*args, **kwargs):
+            start = time.perf_counter()
             activated = activate(*args, **kwargs)
+            manager.activating_s += time.perf_counter() - start
             manager.activations += bool(activated)
             return activated
 
@@ -147,6 +155,7 @@ def look_inside(worker) -> dict:
         "compiled layers": sum(len(getattr(module, "_compiled", ())) for module in ours),
         "open files": len(list(Path("/proc/self/fd").iterdir())),
         "activations": manager.activations,
+        "activating_s": manager.activating_s,
     }
 
 
@@ -346,7 +355,7 @@ class Engine:
         start = now = time.perf_counter()
         window_start, last_swap, last_probe = start, start, start
         windows, current = [], Window()
-        before = self.worker()["activations"]
+        before = self.worker()
         abortable: dict[str, float] = {}
         with Progress(console=console(), disable=not sys.stderr.isatty(), transient=True) as progress:
             task = progress.add_task(what, total=seconds)
@@ -360,6 +369,7 @@ class Engine:
                     current.finished += 1
                     if probe:
                         current.errors.append(probe.rms(alone[probe.weights]))
+                current.steps += 1
                 now = time.perf_counter()
                 for request in [r for r, due in abortable.items() if due <= now]:
                     del abortable[request]
@@ -368,26 +378,31 @@ class Engine:
                         current.aborted += 1
                 if now - last_swap >= 1 / self.options.swaps:
                     self.replace_weights()
+                    current.replacing_s += time.perf_counter() - now
                     current.swaps += 1
                     last_swap = max(last_swap + 1 / self.options.swaps, now - 1)  # make up for a second, no more
                 if now - last_probe >= 1 / PROBES_PER_S:
                     self.add_probe(self.rng.choice([None, *self.adapters]))
                     last_probe = now
                 if now - window_start >= window_s:
-                    windows.append(self._close(current, now - window_start, before))
-                    current, before, window_start = Window(), before + windows[-1].activations, time.perf_counter()
+                    before = self._close(current, now - window_start, before)
+                    windows.append(current)
+                    current, window_start = Window(), time.perf_counter()
                     progress.update(task, completed=now - start)
             if now - window_start >= window_s / 2 or not windows:
-                windows.append(self._close(current, now - window_start, before))
+                self._close(current, now - window_start, before)
+                windows.append(current)
         self.drain()
         return windows
 
-    def _close(self, window: Window, seconds: float, activations_before: int) -> Window:
+    def _close(self, window: Window, seconds: float, before: dict) -> dict:
+        """Fill in what the worker knows of a window that began with `before`, and return what it says now."""
         inside = self.worker()
-        window.seconds, window.activations = seconds, inside["activations"] - activations_before
+        window.seconds, window.activations = seconds, inside["activations"] - before["activations"]
+        window.activating_s = inside["activating_s"] - before["activating_s"]
         for name in ("allocated_mib", "reserved_mib", "resident_mib"):
             setattr(window, name, inside[name])
-        return window
+        return inside
 
 
 # Verdict
@@ -454,15 +469,20 @@ def show(report: dict, found: list[Check], faults: list[str]) -> None:
     from rich.table import Table
 
     table = Table(title="soak", title_justify="left")
-    columns = ("s", "tokens/s", "finished", "aborted", "replaced", "into slots", "probes", "rms", "worst")
-    for column in (*columns, "allocated MiB", "reserved MiB", "resident MiB"):
+    columns = ("s", "tokens/s", "steps", "replacing s", "activating s", "finished", "aborted", "replaced")
+    for column in (*columns, "into slots", "probes", "rms", "worst", "allocated MiB", "reserved MiB", "resident MiB"):
         table.add_column(column, justify="right")
     for w in report["windows"]:
+        times = (f"{w.seconds:.0f}", f"{w.tokens_per_s:,.0f}", str(w.steps))
+        times += (f"{w.replacing_s:.1f}", f"{w.activating_s:.1f}")
         counts = (w.finished, w.aborted, w.swaps, w.activations, len(w.errors))
         errors = (f"{w.rms:.1e}", f"{max(w.errors, default=0):.1e}")
         memory = (w.allocated_mib, w.reserved_mib, w.resident_mib)
         table.add_row(
-            f"{w.seconds:.0f}", f"{w.tokens_per_s:,.0f}", *map(str, counts), *errors, *(f"{m:,.0f}" for m in memory)
+            *times,
+            *map(str, counts),
+            *errors,
+            *(f"{m:,.0f}" for m in memory),
         )
     console().print(table)
     table = Table(title="checks", title_justify="left")
@@ -489,7 +509,7 @@ def show(report: dict, found: list[Check], faults: list[str]) -> None:
 def console():
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 170, highlight=False)
 
 
 def shape(options: argparse.Namespace):
