@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +76,8 @@ def record(
 class Replay:
     """Launches to be made again: `replay(addresses)` with those of other tensors of the same form.
 
-    Memory is allocated in the pieces in which the recorded call allocated it, and kept until the last launch is made.
+    Memory is allocated in the pieces in which the recorded call allocated it, each from the first launch that takes it
+    to the last one.
     """
 
     def __init__(
@@ -97,23 +99,44 @@ class Replay:
             raise NotReplayable("a kernel was not compiled")
         memory = Memory(addresses, tensors, allocated)
         self._device = tensors[0].device
-        self._launches = [
-            (binary[(*grid, 1, 1)], Template(arguments, memory, constants))
-            for binary, grid, arguments, constants in launches
-        ]
-        self._sizes = memory.sizes
+        self._steps: list[Step] = []
+        last_step: dict[int, int] = {}  # of a base
+        for step, (binary, grid, arguments, constants) in enumerate(launches):
+            sizes, taken = len(memory.sizes), len(memory.taken)
+            template = Template(arguments, memory, constants)
+            self._steps.append(Step(binary[(*grid, 1, 1)], template, memory.sizes[sizes:], []))
+            last_step |= dict.fromkeys(memory.taken[taken:], step)
+        for base, step in last_step.items():
+            if base >= len(addresses):
+                self._steps[step].takes_last.append(base)
 
     def __call__(self, addresses: list[int]) -> None:
-        pieces = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._sizes]
-        bases = addresses + [piece.data_ptr() for piece in pieces]
-        for launch, arguments in self._launches:
+        bases, pieces = addresses.copy(), {}
+        for launch, arguments, takes_first, takes_last in self._steps:
+            for size in takes_first:
+                pieces[len(bases)] = torch.empty(size, dtype=torch.uint8, device=self._device)
+                bases.append(pieces[len(bases)].data_ptr())
             launch(*arguments(bases))
+            for base in takes_last:
+                del pieces[base]
+
+
+class Step(NamedTuple):
+    """A launch.
+
+    takes_first: bytes of pieces that no launch before it takes; takes_last: bases of those that none after it takes.
+    """
+
+    launch: Callable[..., None]
+    arguments: Template
+    takes_first: list[int]
+    takes_last: list[int]
 
 
 class Memory:
     """Where tensors of launches lie: in those given, or in pieces allocated, which count on behind their addresses.
 
-    sizes: bytes of the pieces that were asked for, in order.
+    sizes: bytes of the pieces that were asked for, in order. taken: bases of all tensors that were, in order.
     """
 
     def __init__(self, addresses: list[int], given: Sequence[torch.Tensor], allocated: Sequence[torch.Tensor]) -> None:
@@ -125,6 +148,7 @@ class Memory:
             raise NotReplayable("tensors overlap")
         self._bases = {i: i for i in range(len(addresses))}
         self.sizes: list[int] = []
+        self.taken: list[int] = []
 
     def place(self, tensor: torch.Tensor) -> tuple[int, int]:
         """(base, offset) of a tensor that is not empty. Raises NotReplayable: it lies elsewhere."""
@@ -134,6 +158,7 @@ class Memory:
                 if index not in self._bases:
                     self._bases[index] = len(self._bases)
                     self.sizes.append(end - start)
+                self.taken.append(self._bases[index])
                 return self._bases[index], address - start
         raise NotReplayable("a launch takes memory that was neither given nor allocated")
 

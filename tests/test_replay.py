@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ class Kept(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function in ALLOCATIONS:
             self.tensors.append(result)
+        return result
+
+
+class Peak(TorchDispatchMode):
+    """most: bytes at most, at any time inside, of what is allocated inside and alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._allocated: list[tuple[weakref.ref, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATIONS:
+            self._allocated.append((weakref.ref(result), extent(result)))
+            self.most = max(self.most, sum(size for tensor, size in self._allocated if tensor() is not None))
         return result
 
 
@@ -544,3 +561,18 @@ def test_pieces_are_those_of_the_batch(raw):
             run(*again)
         sizes.append([extent(tensor) for tensor in kept.tensors])
     assert sorted(sizes[0]) == sorted(sizes[1])
+
+
+@pytest.mark.parametrize("name", [name for name in BATCHES if name.startswith("moe")])
+def test_memory_at_most_is_that_of_the_batch(raw, name):
+    """Memory is let go once the last launch that takes it is made, such as h in 16 bits once it is quantised."""
+    (function, make), sizes, options = BATCHES[name]()
+    function(*make(*sizes, **options))
+    again = make(*sizes, **options)
+    raw.seen = deque(maxlen=0)  # what is seen is kept alive
+    most = []
+    for run in (function, function.__wrapped__):
+        with Peak() as peak:
+            run(*again)
+        most.append(peak.most)
+    assert most[0] <= most[1]
