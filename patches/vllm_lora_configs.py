@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ops_configs.files import replacing
+from ops_configs.store import padded
 from ops_configs.tuning import compile_pool, locked, submit, writable
 
 TRITON_OPS = "vllm.lora.ops.triton_ops"
@@ -44,11 +45,6 @@ class Sizes:
     tokens: list[int]
     max_loras: int
     dtype: str
-
-
-def padded(size: int) -> int:
-    """The next power of two, at least 16."""
-    return max(1 << max(size - 1, 0).bit_length(), 16)
 
 
 def sample_configs(op: str, k: int, rank: int, tokens: int, adapters: int, count: int) -> list[Config]:

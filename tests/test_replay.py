@@ -241,14 +241,14 @@ def test_extent():
 
 
 class Counted:
-    """`add` of the rows of a plan, counted where it is not a replay."""
+    """`add` of the rows of a plan, counted where it is not a replay; pointers of its tiles are given for the form."""
 
     def __init__(self, before=lambda *tensors: None) -> None:
         self.calls = 0
         self.before = before
         self.tiles = plan_tiles(64)
 
-    def __call__(self, y, delta, tiles) -> None:
+    def __call__(self, y, delta, pointers) -> None:
         self.calls += 1
         self.before(y, delta)
         add(y, delta, self.tiles)
