@@ -50,7 +50,8 @@ look at more choices, and more of them begin no tile. Measured on an H100."""
 STATIONARY_STEPS = 4
 """Blocks of K that a stationary program keeps, at most."""
 TMA_STORE_ROWS = 1024
-"""Rows of an expert from which on copied rows' outputs are worth leaving through TMA: measured on an H200."""
+"""Rows of an expert from which on copied rows' outputs are worth leaving through TMA (measured on an H200), and
+persistent programs are worth the half of a half-full tile that others do not multiply (measured on an H100)."""
 PERMUTE_COLUMNS = 2048
 """Intermediate size from which on tiles of 128 rows are worth a copy of the rows in order: measured on an H200."""
 
@@ -61,7 +62,7 @@ class MoeConfig:
 
     block_m: rows of a tile; block_n: columns of a program, of gates and ups each; block_k: elements of K a step;
     num_warps, num_stages: as Triton takes them; group_m: tiles that walk the columns together;
-    persistent (down only): one program a multiprocessor walks all tiles and fetches one while it stores another;
+    persistent: one program a multiprocessor walks all tiles and fetches one while it stores another;
     stationary (down only): a program keeps the rows of its tile and walks the columns, for a short k;
     permute (gate_up only): rows are copied into the order of the plan first, so that a tile reads them as one block;
     tma_store (gate_up only; the other two always do): the output leaves through TMA.
@@ -152,8 +153,8 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
     """ValueError unless the kernels take these launch parameters for a layer with elements of itemsize bytes."""
     if config.gate_up.block_m != config.down.block_m:
         raise ValueError(f"block_m is {config.gate_up.block_m} and {config.down.block_m}: both halves share the tiles")
-    if config.gate_up.persistent or config.gate_up.stationary or config.down.permute or config.down.tma_store:
-        raise ValueError("persistent and stationary are for down, permute and tma_store for gate_up")
+    if config.gate_up.stationary or config.down.permute or config.down.tma_store:
+        raise ValueError("stationary is for down, permute and tma_store are for gate_up")
     if config.down.persistent and config.down.stationary:
         raise ValueError("down is either persistent or stationary")
     if config.down.stationary and not stationary_fits(layer.intermediate, config.down.block_k, layer.block_shape):
@@ -296,8 +297,10 @@ def layer_default(
     if itemsize == 2 and block_m == 128:  # copying rows pays off where many columns are made of each
         permute = layer.quant is None and layer.intermediate >= PERMUTE_COLUMNS
         many = tokens * layer.top_k >= TMA_STORE_ROWS * (layer.global_experts or layer.experts)
-        first = replace(first, permute=permute, tma_store=permute and many)
         second = replace(second, persistent=persistent_fits(shared))
+        first = replace(first, permute=permute, tma_store=permute and many)
+        if first.tma_store and second.persistent:  # of so many rows few tiles are half full
+            first = replace(first, persistent=True, num_stages=3)
     if itemsize == 1 and block_m >= 64 and stationary_fits(layer.intermediate, second.block_k, layer.block_shape):
         second = replace(second, block_n=64, num_warps=4, num_stages=3, group_m=1, stationary=True)
     return LayerConfig(

@@ -362,7 +362,7 @@ SHORT = (32, 8, 2048, 256)
 """A layer whose k of down a stationary program keeps."""
 CONFIGS = {
     "permute, tma_store, persistent": (
-        changed(LARGE, gate_up=("permute", "tma_store"), down=("persistent",)),
+        changed(LARGE, gate_up=("permute", "tma_store", "persistent"), down=("persistent",)),
         SHORT,
         {"apply_router_weight_on_input": True, "activation": "gelu"},
     ),
@@ -378,7 +378,7 @@ CONFIGS = {
         {"gated": False, "activation": "relu2"},
     ),
     "fp8 blocks, persistent, tma_store": (
-        changed(MIDDLE, gate_up=("tma_store",), down=("persistent",)),
+        changed(MIDDLE, gate_up=("tma_store", "persistent"), down=("persistent",)),
         SHORT,
         FP8_BLOCKS,
     ),
@@ -441,6 +441,7 @@ def test_moe_config(compiler, name):
         counted = moe.shared_memory(config.down, 1, itemsize, sizes[3])
         assert counted - 1024 <= down.shared <= counted + 1024, "what launch parameters are refused by"
     assert launched["gate_up_kernel"].constants["OUT_TMA"] == config.gate_up.tma_store
+    assert launched["gate_up_kernel"].constants["PERSISTENT"] == config.gate_up.persistent
     assert ("permute_kernel" in launched) == config.gate_up.permute
     assert ("stationary_kernel" in launched) == config.down.stationary
     if not config.down.stationary:

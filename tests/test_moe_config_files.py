@@ -226,6 +226,7 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, quant)
             if kib == 227:
                 assert config == moe.layer_default(layer, tokens, size)
             else:
+                assert not config.gate_up.persistent
                 assert not config.down.persistent
 
 
@@ -269,7 +270,6 @@ def test_a_bad_entry_is_left_out_and_named(monkeypatch, tmp_path, warnings, entr
 
 def test_each_half_takes_its_own_switches():
     for half, switch in (
-        ("gate_up", "persistent"),
         ("gate_up", "stationary"),
         ("down", "permute"),
         ("down", "tma_store"),
@@ -277,6 +277,7 @@ def test_each_half_takes_its_own_switches():
         wrong = replace(CONFIG, **{half: replace(getattr(CONFIG, half), **{switch: True})})
         with pytest.raises(ValueError, match="for gate_up"):
             moe.check(wrong, LAYER, 2)
+    moe.check(LayerConfig(*(replace(half, persistent=True) for half in (CONFIG.gate_up, CONFIG.down))), LAYER, 2)
     with pytest.raises(ValueError, match="either persistent or stationary"):
         moe.check(replace(CONFIG, down=replace(CONFIG.down, persistent=True, stationary=True)), LAYER, 2)
     long = replace(LAYER, intermediate=moe.STATIONARY_STEPS * CONFIG.down.block_k + 1)
@@ -426,6 +427,18 @@ def test_every_default_is_one_that_the_kernels_take():
             itemsize = layer.itemsize(dtype)
             config = moe.layer_default(layer, random.choice(TOKENS), itemsize)
             moe.check(config, layer, itemsize)
+
+
+def test_programs_of_gate_up_are_persistent_where_few_tiles_are_half_full():
+    wide = MoeLayer(8, 2, 4096, 14336)
+    for layer, tokens, expected in (
+        (wide, 4096, True),
+        (wide, 2048, False),
+        (MoeLayer(128, 8, 2048, 768), 16384, False),  # rows are gathered
+        (replace(wide, quant="fp8_w8a8"), 16384, False),
+    ):
+        config = moe.layer_default(layer, tokens, layer.itemsize(BF16))
+        assert config.gate_up.persistent == expected, (layer, tokens)
 
 
 def test_the_doctor_shows_files_and_what_processes_use(monkeypatch, tmp_path, capsys):

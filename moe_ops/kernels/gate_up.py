@@ -38,6 +38,7 @@ from .tiles import (
     load_w_scale,
     load_weight,
     load_x_scale,
+    multiprocessors,
     operand,
     product,
     row_stride,
@@ -260,6 +261,7 @@ def gate_up_kernel(
     tile_sizes_ptr,  # int32 [T]
     ids_ptr,  # [C] without a plan, else None
     expert_map_ptr,  # [GLOBAL_EXPERTS] or None
+    tile_count_ptr,  # int32 [1] when PERSISTENT, else None
     num_tiles,
     x_stride,
     expert_stride,
@@ -297,29 +299,30 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (tiles * ceil(N / BLOCK_N),). A program owns out[rows of its tile, its BLOCK_N columns].
+    PERSISTENT, grid: (programs,). A program owns every programs-th of these, and fetches one while it stores another.
 
     Without a plan num_tiles is the number of choices, of which some begin no tile, and rows are choices.
 
     Rows without expert are in no tile and stay as they are. The routed weight multiplies the products: that is the
     same as multiplying x. Quantised out is what `quantize` makes of an out of dtype ROUND_TO: BLOCK_N is a multiple of
-    OUT_GROUP. A tile of 128 rows that is at most half full multiplies half the rows.
+    OUT_GROUP. A tile of 128 rows that is at most half full multiplies half the rows, unless PERSISTENT.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    tile, block = tile_of(tl.program_id(0), num_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    size = most_rows(tile, tile_sizes_ptr, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M)
-    if size == 0:
-        return
-    if BLOCK_M == 128:
-        if size <= BLOCK_M // 2:
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    if PERSISTENT:
+        count = tl.load(tile_count_ptr)
+        for pid in tl.range(tl.program_id(0), count * BLOCKS, tl.num_programs(0), flatten=True):
+            tile, block = tile_of(pid, count, BLOCKS, GROUP_M)
             gate_up_tile(
                 tile,
                 block * BLOCK_N,
-                x_half,
+                x,
                 gate,
                 up,
                 x_scale,
@@ -327,7 +330,7 @@ def gate_up_kernel(
                 gate_bias_ptr,
                 up_bias_ptr,
                 weights_ptr,
-                out_half,
+                out,
                 out_scale_ptr,
                 choices_ptr,
                 tile_experts_ptr,
@@ -368,67 +371,130 @@ def gate_up_kernel(
                 TMA,
                 OUT_TMA,
                 JOINED,
-                BLOCK_M // 2,
+                BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
             )
+    else:
+        tile, block = tile_of(tl.program_id(0), num_tiles, BLOCKS, GROUP_M)
+        size = most_rows(tile, tile_sizes_ptr, ids_ptr, expert_map_ptr, EXPERTS, GLOBAL_EXPERTS, CHOICES, BLOCK_M)
+        if size == 0:
             return
-    gate_up_tile(
-        tile,
-        block * BLOCK_N,
-        x,
-        gate,
-        up,
-        x_scale,
-        w_scale,
-        gate_bias_ptr,
-        up_bias_ptr,
-        weights_ptr,
-        out,
-        out_scale_ptr,
-        choices_ptr,
-        tile_experts_ptr,
-        tile_starts_ptr,
-        tile_sizes_ptr,
-        ids_ptr,
-        expert_map_ptr,
-        num_tiles,
-        x_stride,
-        expert_stride,
-        row_stride,
-        bias_expert_stride,
-        bias_stride,
-        out_scale_row_stride,
-        out_scale_group_stride,
-        alpha,
-        limit,
-        N,
-        K,
-        TOP_K,
-        EXPERTS,
-        GLOBAL_EXPERTS,
-        CHOICES,
-        GATHER,
-        GATED,
-        INTERLEAVED,
-        ACTIVATION,
-        ACC,
-        BLOCKED,
-        SCALE_N,
-        SCALE_K,
-        ONE_SCALE,
-        OUT_GROUP,
-        OUT_LIMIT,
-        POWER_OF_TWO,
-        ROUND_TO,
-        X_TMA,
-        TMA,
-        OUT_TMA,
-        JOINED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+        if BLOCK_M == 128:
+            if size <= BLOCK_M // 2:
+                gate_up_tile(
+                    tile,
+                    block * BLOCK_N,
+                    x_half,
+                    gate,
+                    up,
+                    x_scale,
+                    w_scale,
+                    gate_bias_ptr,
+                    up_bias_ptr,
+                    weights_ptr,
+                    out_half,
+                    out_scale_ptr,
+                    choices_ptr,
+                    tile_experts_ptr,
+                    tile_starts_ptr,
+                    tile_sizes_ptr,
+                    ids_ptr,
+                    expert_map_ptr,
+                    num_tiles,
+                    x_stride,
+                    expert_stride,
+                    row_stride,
+                    bias_expert_stride,
+                    bias_stride,
+                    out_scale_row_stride,
+                    out_scale_group_stride,
+                    alpha,
+                    limit,
+                    N,
+                    K,
+                    TOP_K,
+                    EXPERTS,
+                    GLOBAL_EXPERTS,
+                    CHOICES,
+                    GATHER,
+                    GATED,
+                    INTERLEAVED,
+                    ACTIVATION,
+                    ACC,
+                    BLOCKED,
+                    SCALE_N,
+                    SCALE_K,
+                    ONE_SCALE,
+                    OUT_GROUP,
+                    OUT_LIMIT,
+                    POWER_OF_TWO,
+                    ROUND_TO,
+                    X_TMA,
+                    TMA,
+                    OUT_TMA,
+                    JOINED,
+                    BLOCK_M // 2,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
+                return
+        gate_up_tile(
+            tile,
+            block * BLOCK_N,
+            x,
+            gate,
+            up,
+            x_scale,
+            w_scale,
+            gate_bias_ptr,
+            up_bias_ptr,
+            weights_ptr,
+            out,
+            out_scale_ptr,
+            choices_ptr,
+            tile_experts_ptr,
+            tile_starts_ptr,
+            tile_sizes_ptr,
+            ids_ptr,
+            expert_map_ptr,
+            num_tiles,
+            x_stride,
+            expert_stride,
+            row_stride,
+            bias_expert_stride,
+            bias_stride,
+            out_scale_row_stride,
+            out_scale_group_stride,
+            alpha,
+            limit,
+            N,
+            K,
+            TOP_K,
+            EXPERTS,
+            GLOBAL_EXPERTS,
+            CHOICES,
+            GATHER,
+            GATED,
+            INTERLEAVED,
+            ACTIVATION,
+            ACC,
+            BLOCKED,
+            SCALE_N,
+            SCALE_K,
+            ONE_SCALE,
+            OUT_GROUP,
+            OUT_LIMIT,
+            POWER_OF_TWO,
+            ROUND_TO,
+            X_TMA,
+            TMA,
+            OUT_TMA,
+            JOINED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
 
 def split_gate_up(w13: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -504,6 +570,10 @@ def gate_up(
     joined = gated and tma and w13.dtype == x.dtype and block_shape is None and config.block_m >= JOINED_ROWS
     planned = isinstance(tiles, RoutingPlan)
     out_tma = config.tma_store and planned and tma and out_scale is None and takes_tma(out)
+    persistent = config.persistent and planned and tma
+    programs = num_tiles * cdiv(n, block_n)
+    if persistent:
+        programs = min(programs, multiprocessors(x.device))
     launch = prepared(
         gate_up_kernel,
         N=n,
@@ -526,15 +596,16 @@ def gate_up(
         BLOCK_M=config.block_m,
         BLOCK_N=block_n,
         GROUP_M=config.group_m,
+        PERSISTENT=persistent,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl and planned,  # else what comes before is not ours
     )
     launch(
-        (num_tiles * cdiv(n, block_n),),
+        (programs,),
         operand(x, (config.block_m, block_k), x_tma),
-        operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128),
+        operand(x, (config.block_m // 2, block_k), x_tma and config.block_m == 128 and not persistent),
         joined_operand(w13, interleaved, block_n, block_k) if joined else operand(gate, block, tma),
         None if joined else operand(up, block, tma),
         *scale_pointers,
@@ -542,9 +613,11 @@ def gate_up(
         up_bias,
         weights,
         rows_operand(out, (config.block_m, block_n), out_tma),
-        rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128),
+        rows_operand(out, (config.block_m // 2, block_n), out_tma and config.block_m == 128 and not persistent),
         out_scale,
-        *tile_args,
+        *tile_args[:-1],
+        tiles.tile_count if persistent else None,
+        num_tiles,
         row_stride(x),
         gate.stride(0),
         gate.stride(1),

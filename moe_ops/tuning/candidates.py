@@ -159,9 +159,8 @@ def neighbours(
         "group_m": (1,) if config.stationary else (1, 4, 8, 16, 32) if config.block_m >= 64 else (1, 4),
     }
     if config.block_m >= 64 and itemsize < 4:
-        if half == "down":
-            others["persistent"] = (False, True) if persistent_fits(shared) else (False,)
-        elif layer.quant is None:
+        others["persistent"] = (False, True) if persistent_fits(shared) else (False,)
+        if half == "gate_up" and layer.quant is None:
             others |= {"permute": (False, True), "tma_store": (False, True)}
     found = [replace(config, **{name: value}) for name, values in others.items() for value in values]
     return [other for other in found if other != config and runs(layer, half, other, itemsize, shared)]

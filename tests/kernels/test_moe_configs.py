@@ -20,8 +20,9 @@ def random_config(block_m: int, permute: bool, down_as: str) -> LayerConfig:
         for _ in range(2)
     )
     tma_store = random.choice((False, True))
+    persistent = down_as == "persistent"
     return LayerConfig(
-        replace(gate_up, permute=permute, tma_store=tma_store),
+        replace(gate_up, permute=permute, tma_store=tma_store, persistent=persistent),
         replace(down, persistent=down_as == "persistent", stationary="stationary" in down_as),
     )
 
@@ -31,7 +32,7 @@ def random_config(block_m: int, permute: bool, down_as: str) -> LayerConfig:
 @pytest.mark.parametrize("down_as", ["a program a tile", "persistent", "stationary", "too long for stationary"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["all experts", "expert map"])
 def test_the_kernels_get_what_was_found(monkeypatch, device, mapped, down_as, permute, block_m):
-    """Tiles of 128 rows are full, more than half full, and less."""
+    """Tiles of 128 rows are full, more than half full, and less. Persistent are both halves, as by default."""
     experts, top_k, hidden, inner, tokens = 4, 2, 48, 40, random.randint(150, 220)
     x = torch.randn(tokens, hidden, device=device, dtype=torch.float16)
     w13 = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.float16) * hidden**-0.5

@@ -510,7 +510,12 @@ def test_stationary_rows(monkeypatch, scheme, k, n, block_m, whole, dtype, devic
     assert grids == ([(programs,)] if dtype != torch.float32 else [])  # TMA stores no fp32 here
 
 
-CONFIGS = [MoeConfig(16, 16, 32, 4, 2, 1), MoeConfig(16, 64, 32, 4, 2, 1), MoeConfig(64, 32, 64, 4, 2, 2)]
+CONFIGS = [
+    MoeConfig(16, 16, 32, 4, 2, 1),
+    MoeConfig(16, 64, 32, 4, 2, 1),
+    MoeConfig(64, 32, 64, 4, 2, 2),
+    MoeConfig(64, 32, 64, 4, 2, 2, persistent=True),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -534,7 +539,7 @@ def test_gate_up_of_blocks(config, block_shape, interleaved, device):
 
 
 @pytest.mark.parametrize(("quant", "powers"), [("fp8_w8a8", False), ("fp8_w8a8", True), ("int8_w8a8", False)])
-@pytest.mark.parametrize(("n", "config"), [(72, CONFIGS[1]), (64, CONFIGS[2])])
+@pytest.mark.parametrize(("n", "config"), [(72, CONFIGS[1]), (64, CONFIGS[2]), (64, CONFIGS[3])])
 def test_gate_up_quantises_as_the_kernel_would(quant, powers, n, config, dtype, device):
     """Bit for bit what quantising its output in the dtype of hidden gives; rows without expert are not written."""
     ids = torch.randint(-1, 4, (30, 2), dtype=torch.int32).to(device)
