@@ -1,7 +1,8 @@
 """Launch parameters of the LoRA kernels: tuned ones from files, and analytic defaults from the sizes of a layer.
 
 Nothing here changes a result: the order of summation is fixed in `lora_ops.config`. The thresholds come from tuning
-Llama-3-8B's layers on an H200 (ranks 8 to 128, 1 to 8192 tokens; benchmarks/results/NVIDIA_H200/tune_lora.csv).
+Llama-3-8B's layers on an H200 (ranks 8 to 128, 1 to 8192 tokens; benchmarks/results/NVIDIA_H200/tune_lora.csv), and
+from alternatives that took turns over the layers of three models on an H100.
 """
 
 from __future__ import annotations
@@ -77,11 +78,18 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
     if num_rows <= SMALL_BATCH:
         return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
+    if slices == 1 and k <= 4096 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
+        block_n, block_k, num_stages = (32, 128, 4) if ranks == 64 else (64, 64, 6)
+        return ShrinkConfig(block_n, min(block_k, padded(k)), num_warps=4, num_stages=num_stages)
     if ranks > 64:
         return ShrinkConfig(min(columns, 128), min(64, padded(k)), num_warps=4, num_stages=4)
     if slices == 1 and ranks > 16 and num_rows > 4096:
         return ShrinkConfig(min(columns, 64), min(128, padded(k)), num_warps=8, num_stages=4)
-    return ShrinkConfig(min(columns, 64), min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
+    if slices > 1 and ranks == 16 and columns == 64 and num_rows > 4096:
+        return ShrinkConfig(64, min(128, padded(k)), num_warps=8, num_stages=4)
+    wide = ranks == 32 and 1024 < num_rows <= 4096  # all columns of three slices
+    block_n = min(columns, 128 if wide else 64)
+    return ShrinkConfig(block_n, min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
 
 
 def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandConfig:
@@ -91,7 +99,9 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
         block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
         wide = widest > 8192
         gate_up = len(widths) == 2 and widest > 4096
-        if num_rows == 1 or (num_rows <= 4 and not gate_up):
+        if gate_up and ((num_rows == 1 and ranks == 64) or (1 < num_rows <= 4 and ranks > 64)):
+            config = ExpandConfig(256, block_r, num_warps=4, num_stages=2, steps=1)
+        elif num_rows == 1 or (num_rows <= 4 and not gate_up):
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
         elif wide and num_rows > 4 and ranks <= 64:
@@ -99,13 +109,14 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
         else:
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)
-    several = len(widths) > 1 and widest >= 8192
-    block_n = min(64 if ranks > 64 and (num_rows >= 2048 or several) else 128, widest)
+    block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)
     blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
-    if num_rows > 4096 or block_n == 64:
-        steps = 8 if blocks >= 6000 or (ranks > 64 and num_rows < 2048) else 4
+    if num_rows > 4096 and block_n > 64 and blocks < 3000:
+        steps = 1  # several would leave too few programs
+    elif num_rows > 4096 or block_n == 64:
+        steps = 8 if blocks >= 6000 else 4
     else:  # there are planes of h to add up: worth it for several steps, if enough programs are left
-        steps = 4 if ranks >= 64 or blocks >= 700 else 1
+        steps = 4 if ranks >= 64 or blocks >= (600 if num_rows <= 1024 else 700) else 1
     stages = 2 if steps == 1 or (ranks > 64 and block_n == 128) else 3
     return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages, steps=steps), rank)
 
