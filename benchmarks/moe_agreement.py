@@ -41,7 +41,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
-from running import now, positive
+from running import git_commit, now, positive
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--memory", type=positive(float), default=0.8, help="share of the GPU's memory for the engine")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of the host's engine")
     add("--timeout", type=positive(float), default=580, help="seconds for one engine")
-    add("--commit", default="unknown", help="commit to write into the results")
+    add("--commit", default=git_commit(), help="commit to write into the results; default: git's")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
     options = parser.parse_args(argv)
     if "reference" in options.variant and options.load_format == "dummy":

@@ -52,7 +52,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import now, positive
+from running import git_commit, now, positive
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
 PROBES_PER_S = 2.0
@@ -612,7 +612,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "soak"), help="folder of the checkpoint")
     add("--out", type=Path, help="JSON file of the results")
-    add("--commit", default="unknown", help="commit to write into the results")
+    add("--commit", default=git_commit(), help="commit to write into the results; default: git's")
     options = parser.parse_args(argv)
     if options.adapters <= QUIET:
         parser.error(f"--adapters must be more than {QUIET}, got {options.adapters}")

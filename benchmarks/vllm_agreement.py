@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from running import now, positive
+from running import git_commit, now, positive
 
 ENGINES = ("base", "stock", "patched")
 VARIANTS = ("reference", *ENGINES)
@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     add("--memory", type=positive(float), default=0.6, help="gpu_memory_utilization")
     add("--timeout", type=positive(float), default=580, help="seconds for one engine")
-    add("--commit", default="unknown", help="commit to write into the results")
+    add("--commit", default=git_commit(), help="commit to write into the results; default: git's")
     add("--process", choices=VARIANTS, help=argparse.SUPPRESS)  # this process runs that variant
     return parser.parse_args(argv)
 

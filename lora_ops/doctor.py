@@ -232,8 +232,8 @@ def _yes(value: bool) -> str:
     return "[green]yes" if value else "[red]no"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lora_ops.doctor", description=__doc__.partition(": ")[2])
+def main(module: str = "lora_ops.doctor") -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=__doc__.partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args()
     report = examine()

@@ -5,4 +5,4 @@ import sys
 from lora_ops.doctor import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("moe_ops.doctor"))

@@ -4,6 +4,7 @@ Downloads each wheel with pip, keeps its *.py and METADATA files under <folder>/
 the wheel. What is there already is skipped. Default folder: LORA_OPS_HOST_SOURCES, or .hosts in the repository root.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -45,7 +46,9 @@ def fetch(distribution: str, version: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else sources_folder()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=sources_folder())
+    folder = parser.parse_args().folder
     for distribution, versions in HOSTS.items():
         for version in versions:
             print(fetch(distribution, version, folder))

@@ -31,7 +31,7 @@ def tables() -> str:
     patches = [[door, *row] for door, set_ in SETS.items() for row in _patched(set_)]
     return "\n\n".join(
         [
-            _table(["Patch", "Host", "Tested versions"], hosts),
+            _table(["Patch", "Host", "Accepted versions"], hosts),
             _table(["Patch", "Patched", "Platform", "Versions", "Why", "Obsolete when"], patches),
         ]
     )
