@@ -109,8 +109,8 @@ class Window:
     swaps: int = 0
     activations: int = 0
     steps: int = 0
-    replacing_s: float = 0.0  # of seconds; adapters wait for the step in flight, and are read from the disk
-    activating_s: float = 0.0  # in the worker, whose steps wait while an adapter is put into a slot
+    replacing_s: float = 0.0  # of seconds; adapters wait for the step in flight, are read, and are put into a slot
+    activating_s: float = 0.0  # in the worker, which puts adapters into slots: these, and those that requests need
     errors: list[float] = field(default_factory=list)  # rms of each probe
     allocated_mib: float = 0.0
     reserved_mib: float = 0.0
@@ -377,8 +377,9 @@ class Engine:
                         self.abort(request)
                         current.aborted += 1
                 if now - last_swap >= 1 / self.options.swaps:
+                    began = time.perf_counter()
                     self.replace_weights()
-                    current.replacing_s += time.perf_counter() - now
+                    current.replacing_s += time.perf_counter() - began
                     current.swaps += 1
                     last_swap = max(last_swap + 1 / self.options.swaps, now - 1)  # make up for a second, no more
                 if now - last_probe >= 1 / PROBES_PER_S:

@@ -142,12 +142,13 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
 
 
 def _fitted(config, num_rows: int, dtype, device):
-    """With fewer stages, then shorter steps, so that the device has the shared memory for it.
+    """With fewer columns, whose sums a thread keeps, then fewer stages, then shorter steps, so that it has the memory.
 
-    For fp32: the defaults are made for 2-byte elements, which fit everywhere.
+    For fp32: the defaults are made for 2-byte elements, which tensor cores multiply, and which fit everywhere.
     """
     if dtype.itemsize == 2:
         return config
+    config = replace(config, block_n=min(config.block_n, 64))
     step = "block_k" if isinstance(config, ShrinkConfig) else "block_r"
     rows, shared = tile_rows_for(num_rows), shared_bytes(device)
     while config.num_stages * (rows + config.block_n) * getattr(config, step) * dtype.itemsize > shared:

@@ -62,10 +62,11 @@ class MoeConfig:
 
     block_m: rows of a tile; block_n: columns of a program, of gates and ups each; block_k: elements of K a step;
     num_warps, num_stages: as Triton takes them; group_m: tiles that walk the columns together;
-    persistent: one program a multiprocessor walks all tiles and fetches one while it stores another;
+    persistent (of gate_up in tiles of 128 rows only): one program a multiprocessor walks all tiles and fetches one
+    while it stores another;
     stationary (down only): a program keeps the rows of its tile and walks the columns, for a short k;
     permute (gate_up only): rows are copied into the order of the plan first, so that a tile reads them as one block;
-    tma_store (gate_up only; the other two always do): the output leaves through TMA.
+    tma_store (gate_up only; down's persistent and stationary programs always do): the output leaves through TMA.
     """
 
     block_m: int
@@ -155,6 +156,8 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
         raise ValueError(f"block_m is {config.gate_up.block_m} and {config.down.block_m}: both halves share the tiles")
     if config.gate_up.stationary or config.down.permute or config.down.tma_store:
         raise ValueError("stationary is for down, permute and tma_store are for gate_up")
+    if config.gate_up.persistent and config.gate_up.block_m != 128:
+        raise ValueError(f"persistent programs of gate_up have tiles of 128 rows, here of {config.gate_up.block_m}")
     if config.down.persistent and config.down.stationary:
         raise ValueError("down is either persistent or stationary")
     if config.down.stationary and not stationary_fits(layer.intermediate, config.down.block_k, layer.block_shape):

@@ -150,7 +150,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
 
 
-LORA = {"qkv": (4096, (4096, 1024, 1024)), "down": (14336, (4096,)), "long": (25600, (5120,))}
+LORA = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "gate_up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+    "long": (25600, (5120,)),
+}
 """K and the widths of slices, of Llama-3-8B; long is down of Qwen3-32B: planes enough for a kernel of their own."""
 SLOTS = 8
 
@@ -216,6 +221,21 @@ def test_lora_dtypes(compiler, dtype):
     with compiler.kernels() as kernels:
         run_lora(lora_layer("qkv", 16, 300, getattr(torch, dtype)), plan_tiles(300))
     check(kernels, dtype)
+
+
+@pytest.mark.parametrize(("layer", "rank", "rows"), [("qkv", 32, 4000), ("gate_up", 64, 1)])
+def test_lora_sums_of_fp32_stay_in_registers(compiler, layer, rank, rows):
+    """Where 2-byte elements have wide blocks."""
+    y, x, a, b, _ = lora_layer(layer, rank, rows, torch.float32)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(rows))
+    check(kernels, "float32")
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(64, 1), (128, 4), (128, 1000)])
+def test_lora_of_wide_layers(compiler, rank, rows):
+    """Whose analytic launch parameters are others."""
+    check_linear(compiler, "gate_up", rank, rows, {"shrink_kernel", "expand_kernel"})
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -378,7 +398,7 @@ CONFIGS = {
         {"gated": False, "activation": "relu2"},
     ),
     "fp8 blocks, persistent, tma_store": (
-        changed(MIDDLE, gate_up=("tma_store", "persistent"), down=("persistent",)),
+        changed(MIDDLE, gate_up=("tma_store",), down=("persistent",)),
         SHORT,
         FP8_BLOCKS,
     ),
@@ -435,11 +455,13 @@ def test_moe_config(compiler, name):
     assert ways == (2 if name in SOME_WITHOUT_PLAN else 1)
     launched = {kernel.name: kernel for kernel in kernels}
     down = launched["stationary_kernel" if config.down.stationary else "grouped_gemm_kernel"]
-    if down.constants.get("OUT_TMA"):
-        _, sizes, options = CONFIGS[name]
-        itemsize = 1 if "w8a8" in options.get("quant", "") else 2
-        counted = moe.shared_memory(config.down, 1, itemsize, sizes[3])
-        assert counted - 1024 <= down.shared <= counted + 1024, "what launch parameters are refused by"
+    _, (*_, hidden, inner), options = CONFIGS[name]
+    itemsize = 1 if "w8a8" in options.get("quant", "") else 2
+    gate_up, products = launched["gate_up_kernel"], 2 if options.get("gated", True) else 1
+    for half, kernel, k, n in ((config.gate_up, gate_up, hidden, products), (config.down, down, inner, 1)):
+        if kernel.constants.get("OUT_TMA") and (half.persistent or half.stationary):
+            counted = moe.shared_memory(half, n, itemsize, k)
+            assert counted - 1024 <= kernel.shared <= counted + 1024, "what launch parameters are refused by"
     assert launched["gate_up_kernel"].constants["OUT_TMA"] == config.gate_up.tma_store
     assert launched["gate_up_kernel"].constants["PERSISTENT"] == config.gate_up.persistent
     assert ("permute_kernel" in launched) == config.gate_up.permute

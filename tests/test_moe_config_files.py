@@ -277,7 +277,9 @@ def test_each_half_takes_its_own_switches():
         wrong = replace(CONFIG, **{half: replace(getattr(CONFIG, half), **{switch: True})})
         with pytest.raises(ValueError, match="for gate_up"):
             moe.check(wrong, LAYER, 2)
-    moe.check(LayerConfig(*(replace(half, persistent=True) for half in (CONFIG.gate_up, CONFIG.down))), LAYER, 2)
+    moe.check(replace(CONFIG, down=replace(CONFIG.down, persistent=True)), LAYER, 2)
+    with pytest.raises(ValueError, match="tiles of 128 rows, here of 32"):
+        moe.check(replace(CONFIG, gate_up=replace(CONFIG.gate_up, persistent=True)), LAYER, 2)
     with pytest.raises(ValueError, match="either persistent or stationary"):
         moe.check(replace(CONFIG, down=replace(CONFIG.down, persistent=True, stationary=True)), LAYER, 2)
     long = replace(LAYER, intermediate=moe.STATIONARY_STEPS * CONFIG.down.block_k + 1)

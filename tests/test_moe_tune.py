@@ -265,6 +265,17 @@ def test_candidates_are_enough_valid_and_begin_with_the_default(layer, itemsize)
                 assert len(candidates.neighbours(layer, half, best, itemsize)) >= 2
 
 
+@pytest.mark.parametrize("half", candidates.HALVES)
+@pytest.mark.parametrize("block_m", TILE_ROWS)
+def test_persistent_programs_are_tried_beside_others(half, block_m):
+    """And others beside persistent ones."""
+    for persistent in (False, True):
+        config = MoeConfig(block_m, 64, 64, 4, 3, 1, persistent=persistent)
+        found = candidates.neighbours(QWEN, half, config, 2)
+        tried = block_m >= 64 and (persistent or half == "down" or block_m == 128)
+        assert (replace(config, persistent=not persistent) in found) == tried
+
+
 SMALL = 100 << 10
 """Shared memory of a GPU that has less than an H200, bytes."""
 

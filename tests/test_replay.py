@@ -79,6 +79,23 @@ class Peak(TorchDispatchMode):
         return result
 
 
+class Alive(TorchDispatchMode):
+    """`alive(address)`: whether memory that was allocated inside, and is not let go yet, is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._allocated: list[tuple[weakref.ref, int, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATIONS:
+            self._allocated.append((weakref.ref(result), result.data_ptr(), extent(result)))
+        return result
+
+    def __call__(self, address: int) -> bool:
+        return any(tensor() is not None and 0 <= address - start < size for tensor, start, size in self._allocated)
+
+
 class Batch:
     """What a call launches, and where its addresses lie."""
 
@@ -561,6 +578,36 @@ def test_pieces_are_those_of_the_batch(raw):
             run(*again)
         sizes.append([extent(tensor) for tensor in kept.tensors])
     assert sorted(sizes[0]) == sorted(sizes[1])
+
+
+def addresses_in(argument: object) -> list[int]:
+    """Of a launch's argument in a replay; tensors are not there."""
+    if isinstance(argument, TensorDescriptor):
+        return [argument.base.data_ptr()]
+    if isinstance(argument, tuple):
+        return [address for each in argument for address in addresses_in(each)]
+    return [argument] if type(argument) is int and argument >= 2**32 else []
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_memory_is_there_when_a_launch_takes_it(raw, name):
+    """Nothing is let go before the last launch that takes it is made."""
+    (function, make), sizes, options = BATCHES[name]()
+    function(*make(*sizes, **options))
+    again = make(*sizes, **options)
+    alive, taken = Alive(), []
+
+    class Looked(list):
+        def append(self, launch) -> None:
+            for address in addresses_in(tuple(launch[3])):
+                given = any(0 <= address - tensor.data_ptr() < extent(tensor) for tensor in flat(again))
+                taken.append(given)
+                assert given or alive(address), f"{launch[0]} takes memory that is let go"
+
+    raw.seen = Looked()
+    with alive:
+        function(*again)
+    assert True in taken
 
 
 @pytest.mark.parametrize("name", [name for name in BATCHES if name.startswith("moe")])

@@ -159,7 +159,8 @@ def neighbours(
         "group_m": (1,) if config.stationary else (1, 4, 8, 16, 32) if config.block_m >= 64 else (1, 4),
     }
     if config.block_m >= 64 and itemsize < 4:
-        others["persistent"] = (False, True) if persistent_fits(shared) else (False,)
+        persistent = persistent_fits(shared) and (half == "down" or config.block_m == 128)
+        others["persistent"] = (False, True) if persistent else (False,)
         if half == "gate_up" and layer.quant is None:
             others |= {"permute": (False, True), "tma_store": (False, True)}
     found = [replace(config, **{name: value}) for name, values in others.items() for value in values]
