@@ -474,17 +474,12 @@ def show(report: dict, found: list[Check], faults: list[str]) -> None:
     for column in (*columns, "into slots", "probes", "rms", "worst", "allocated MiB", "reserved MiB", "resident MiB"):
         table.add_column(column, justify="right")
     for w in report["windows"]:
-        times = (f"{w.seconds:.0f}", f"{w.tokens_per_s:,.0f}", str(w.steps))
-        times += (f"{w.replacing_s:.1f}", f"{w.activating_s:.1f}")
+        speed = (f"{w.seconds:.0f}", f"{w.tokens_per_s:,.0f}", str(w.steps))
+        spent = (f"{w.replacing_s:.1f}", f"{w.activating_s:.1f}")
         counts = (w.finished, w.aborted, w.swaps, w.activations, len(w.errors))
         errors = (f"{w.rms:.1e}", f"{max(w.errors, default=0):.1e}")
         memory = (w.allocated_mib, w.reserved_mib, w.resident_mib)
-        table.add_row(
-            *times,
-            *map(str, counts),
-            *errors,
-            *(f"{m:,.0f}" for m in memory),
-        )
+        table.add_row(*speed, *spent, *map(str, counts), *errors, *(f"{m:,.0f}" for m in memory))
     console().print(table)
     table = Table(title="checks", title_justify="left")
     for column in ("what", "found", "limit", ""):

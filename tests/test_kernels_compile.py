@@ -458,9 +458,9 @@ def test_moe_config(compiler, name):
     _, (*_, hidden, inner), options = CONFIGS[name]
     itemsize = 1 if "w8a8" in options.get("quant", "") else 2
     gate_up, products = launched["gate_up_kernel"], 2 if options.get("gated", True) else 1
-    for half, kernel, k, n in ((config.gate_up, gate_up, hidden, products), (config.down, down, inner, 1)):
+    for half, kernel, k, count in ((config.gate_up, gate_up, hidden, products), (config.down, down, inner, 1)):
         if kernel.constants.get("OUT_TMA") and (half.persistent or half.stationary):
-            counted = moe.shared_memory(half, n, itemsize, k)
+            counted = moe.shared_memory(half, count, itemsize, k)
             assert counted - 1024 <= kernel.shared <= counted + 1024, "what launch parameters are refused by"
     assert launched["gate_up_kernel"].constants["OUT_TMA"] == config.gate_up.tma_store
     assert launched["gate_up_kernel"].constants["PERSISTENT"] == config.gate_up.persistent

@@ -49,50 +49,40 @@ def flat(arguments: object) -> list:
     return [t for argument in arguments for t in flat(argument)] if isinstance(arguments, (list, tuple)) else []
 
 
-class Kept(TorchDispatchMode):
+class Allocated(TorchDispatchMode):
+    """Tells `saw` of each tensor that is allocated inside."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATIONS:
+            self.saw(result)
+        return result
+
+
+class Kept(Allocated):
     """Keeps what is allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tensors: list[torch.Tensor] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in ALLOCATIONS:
-            self.tensors.append(result)
-        return result
+    def saw(self, tensor: torch.Tensor) -> None:
+        self.tensors.append(tensor)
 
 
-class Peak(TorchDispatchMode):
-    """most: bytes at most, at any time inside, of what is allocated inside and alive."""
+class Alive(Allocated):
+    """What is allocated inside and not let go yet. most: bytes of it, at any time at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.most = 0
-        self._allocated: list[tuple[weakref.ref, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in ALLOCATIONS:
-            self._allocated.append((weakref.ref(result), extent(result)))
-            self.most = max(self.most, sum(size for tensor, size in self._allocated if tensor() is not None))
-        return result
-
-
-class Alive(TorchDispatchMode):
-    """`alive(address)`: whether memory that was allocated inside, and is not let go yet, is there."""
-
-    def __init__(self) -> None:
-        super().__init__()
         self._allocated: list[tuple[weakref.ref, int, int]] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in ALLOCATIONS:
-            self._allocated.append((weakref.ref(result), result.data_ptr(), extent(result)))
-        return result
+    def saw(self, tensor: torch.Tensor) -> None:
+        self._allocated.append((weakref.ref(tensor), tensor.data_ptr(), extent(tensor)))
+        self.most = max(self.most, sum(size for tensor, _, size in self._allocated if tensor() is not None))
 
-    def __call__(self, address: int) -> bool:
+    def holds(self, address: int) -> bool:
         return any(tensor() is not None and 0 <= address - start < size for tensor, start, size in self._allocated)
 
 
@@ -602,7 +592,7 @@ def test_memory_is_there_when_a_launch_takes_it(raw, name):
             for address in addresses_in(tuple(launch[3])):
                 given = any(0 <= address - tensor.data_ptr() < extent(tensor) for tensor in flat(again))
                 taken.append(given)
-                assert given or alive(address), f"{launch[0]} takes memory that is let go"
+                assert given or alive.holds(address), f"{launch[0]} takes memory that is let go"
 
     raw.seen = Looked()
     with alive:
@@ -619,7 +609,7 @@ def test_memory_at_most_is_that_of_the_batch(raw, name):
     raw.seen = deque(maxlen=0)  # what is seen is kept alive
     most = []
     for run in (function, function.__wrapped__):
-        with Peak() as peak:
+        with Alive() as alive:
             run(*again)
-        most.append(peak.most)
+        most.append(alive.most)
     assert most[0] <= most[1]

@@ -23,7 +23,7 @@ def random_config(block_m: int, permute: bool, down_as: str) -> LayerConfig:
     persistent = down_as == "persistent"
     return LayerConfig(
         replace(gate_up, permute=permute, tma_store=tma_store, persistent=persistent),
-        replace(down, persistent=down_as == "persistent", stationary="stationary" in down_as),
+        replace(down, persistent=persistent, stationary="stationary" in down_as),
     )
 
 

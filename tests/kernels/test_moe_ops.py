@@ -213,6 +213,22 @@ def watch_plans(monkeypatch) -> list[bool]:
     return planned
 
 
+def watch_launches(monkeypatch, module, name: str) -> list[tuple[tuple, dict]]:
+    """Grid and constants of the launches of a kernel from now on."""
+    kernel, launched = getattr(module, name), []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                launched.append((grid, constants))
+                return kernel[grid](*arguments, **constants)
+
+            return launch
+
+    monkeypatch.setattr(module, name, Watched())
+    return launched
+
+
 def test_without_a_plan_are_the_bits_of_a_plan(monkeypatch, dtype, device, poisoned):
     planned = watch_plans(monkeypatch)
     for case in WITHOUT_PLAN:
@@ -328,16 +344,7 @@ def test_gate_up_writes_the_rows_of_the_plan_only(dtype, device):
 @pytest.mark.parametrize("block_m", [16, JOINED_ROWS])
 def test_persistent_programs_of_gate_up_share_out_all_tiles(monkeypatch, block_m, interleaved, gather, dtype, device):
     """Bit for bit what a program a tile makes; with tiles that are full and not, and fewer tiles than programs."""
-    launched, make = [], gate_up_module.prepared
-
-    def watched(kernel, **constants):
-        def launch(grid, *arguments):
-            launched.append((grid[0], constants["PERSISTENT"]))
-            make(kernel, **constants)(grid, *arguments)
-
-        return launch
-
-    monkeypatch.setattr(gate_up_module, "prepared", watched)
+    launched = watch_launches(monkeypatch, gate_up_module, "gate_up_kernel")
     monkeypatch.setattr(gate_up_module, "multiprocessors", lambda device: 3)
     w13 = draw(4, 80, 72, dtype=dtype, device=device, scale=72**-0.5)
     expected = []
@@ -347,13 +354,13 @@ def test_persistent_programs_of_gate_up_share_out_all_tiles(monkeypatch, block_m
         x = draw(tokens if gather else 2 * tokens, 72, dtype=dtype, device=device)
         config = moe_default(block_m, tokens, 4, 2, 40, 72, 2, dtype.itemsize)
         programs = plan.tile_experts.shape[0] * -(-40 // config.block_n)
-        expected += [(programs, False), (min(programs, 3), True) if dtype.itemsize == 2 else (programs, False)]
+        expected += [((programs,), False), ((min(programs, 3),), True) if dtype.itemsize == 2 else ((programs,), False)]
         outs = [torch.full((2 * tokens, 40), nan, dtype=dtype, device=device) for _ in range(2)]
         for out, persistent in zip(outs, (False, True), strict=True):
             chosen = replace(config, group_m=3, persistent=persistent, tma_store=persistent)
             gate_up(x, w13, out, plan, chosen, interleaved=interleaved, gather=gather)
         assert torch.equal(outs[0].nan_to_num(7.0), outs[1].nan_to_num(7.0))
-    assert launched == expected  # TMA reads no fp32 here
+    assert [(grid, constants["PERSISTENT"]) for grid, constants in launched] == expected  # TMA reads no fp32 here
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5, 8])

@@ -26,6 +26,7 @@ from .test_moe_ops import (  # noqa: F401  (poisoned is a fixture)
     in_fp32,
     make_layer,
     poisoned,
+    watch_launches,
     watch_plans,
 )
 
@@ -438,19 +439,6 @@ def test_quantize_gathers_tokens_for_a_scale_of_each_expert(quant, dtype, device
     assert torch.equal(q[:live].float(), expected.float())
 
 
-def watch_grids(monkeypatch, module, name: str) -> list[tuple]:
-    """Grids of the launches of a kernel from now on."""
-    kernel, grids = getattr(module, name), []
-
-    class Watched:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(module, name, Watched())
-    return grids
-
-
 PRODUCTS = ["fp8 tensor", "fp8 channel and token", "fp8 blocks", "int8 tensor", "int8 blocks", "int8 weights, groups"]
 
 
@@ -490,7 +478,7 @@ def test_grouped_gemm(scheme, gather, k, n, rows, dtype, device):
 def test_stationary_rows(monkeypatch, scheme, k, n, block_m, whole, dtype, device):
     """One block of K and several, the last one whole or not; rows without expert are not written."""
     monkeypatch.setattr(grouped_gemm_module, "WHOLE_TILES", 1000 if whole else 0)
-    grids = watch_grids(monkeypatch, grouped_gemm_module, "stationary_kernel")
+    launched = watch_launches(monkeypatch, grouped_gemm_module, "stationary_kernel")
     quant = SCHEMES[scheme]["quant"]
     ids = torch.randint(-1, 4, (110, 3), dtype=torch.int32).to(device)
     plan = moe_ops.routing_plan(ids, 4, block_m)
@@ -507,7 +495,9 @@ def test_stationary_rows(monkeypatch, scheme, k, n, block_m, whole, dtype, devic
     assert_close(out[:live], expected[:live], product_tolerance(dtype, quant, device))
     assert out[live:].isnan().all()
     programs = plan.tile_experts.shape[0] * (1 if whole else 2)
-    assert grids == ([(programs,)] if dtype != torch.float32 else [])  # TMA stores no fp32 here
+    assert [grid for grid, _ in launched] == (
+        [(programs,)] if dtype != torch.float32 else []
+    )  # TMA stores no fp32 here
 
 
 CONFIGS = [
