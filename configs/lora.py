@@ -142,20 +142,22 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
 
 
 def _fitted(config, num_rows: int, dtype, device):
-    """With fewer columns, whose sums a thread keeps, then fewer stages, then shorter steps, so that it has the memory.
+    """For fp32, multiplied on CUDA cores: with fewer columns and ranks, whose sums and factors a thread keeps.
 
-    For fp32: the defaults are made for 2-byte elements, which tensor cores multiply, and which fit everywhere.
+    Of the shrink then with fewer stages and shorter steps, so that it has the memory. The defaults are made for 2-byte
+    elements, which tensor cores multiply, and which fit everywhere.
     """
     if dtype.itemsize == 2:
         return config
     config = replace(config, block_n=min(config.block_n, 64))
-    step = "block_k" if isinstance(config, ShrinkConfig) else "block_r"
+    if isinstance(config, ExpandConfig):
+        return replace(config, block_r=min(config.block_r, 16))
     rows, shared = tile_rows_for(num_rows), shared_bytes(device)
-    while config.num_stages * (rows + config.block_n) * getattr(config, step) * dtype.itemsize > shared:
+    while config.num_stages * (rows + config.block_n) * config.block_k * dtype.itemsize > shared:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         else:
-            config = replace(config, **{step: getattr(config, step) // 2})
+            config = replace(config, block_k=config.block_k // 2)
     return config
 
 

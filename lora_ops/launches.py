@@ -28,8 +28,7 @@ def _supports_pdl(device: torch.device) -> bool:
 
 def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, num_tokens: int = 0):
     """Tiles of a plan of num_tokens tokens for a batch of num_rows rows: padded, or a part of the step's tokens."""
-    from .kernels.launch import Tiles
-    from .kernels.tiles import PLAN_TILES
+    from .kernels.tiles import PLAN_TILES, Tiles
 
     rows = tile_rows_for(num_rows)
     layout = plan_layout(*layout_args)
@@ -41,8 +40,7 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, n
 
 def row_tiles(slot_indices: torch.Tensor):
     """One tile a row (bgmv)."""
-    from .kernels.launch import Tiles
-    from .kernels.tiles import ROW_TILES
+    from .kernels.tiles import ROW_TILES, Tiles
 
     slot_indices = slot_indices.contiguous()
     count = slot_indices.numel()
@@ -51,8 +49,7 @@ def row_tiles(slot_indices: torch.Tensor):
 
 def segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_length: int, token_nums: int):
     """Tiles of segments of rows (sgmv)."""
-    from .kernels.launch import Tiles
-    from .kernels.tiles import SEGMENT_TILES
+    from .kernels.tiles import SEGMENT_TILES, Tiles
 
     rows = tile_rows_for(token_nums)
     per_segment = -(-max_seq_length // rows)

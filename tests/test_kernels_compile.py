@@ -47,11 +47,9 @@ Triton 3.6, which brings another ptxas, spills none there, and up to 120 in the 
 KNOWN_STACK = {
     ("int8 weights", "grouped_gemm_kernel"): 448,
     ("mixtral", "down_direct_kernel"): 256,
-    ("float32", "expand_kernel"): 1536,
 }
 """Kernels of a case that spill more. With Triton 3.9 and 3.6: 416 and 384 bytes, where persistent programs of 128 x 256
-convert the weights first; 208 and none, of 56 unrolled steps; 1424 and 304, where one warp multiplies 256 columns on
-CUDA cores."""
+convert the weights first; 208 and none, of 56 unrolled steps."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,9 @@ def test_lora_dtypes(compiler, dtype):
     check(kernels, dtype)
 
 
-@pytest.mark.parametrize(("layer", "rank", "rows"), [("qkv", 32, 4000), ("gate_up", 64, 1)])
+@pytest.mark.parametrize(
+    ("layer", "rank", "rows"), [("qkv", 32, 4000), ("gate_up", 64, 1), ("qkv", 128, 4000), ("gate_up", 128, 1000)]
+)
 def test_lora_sums_of_fp32_stay_in_registers(compiler, layer, rank, rows):
     """Where 2-byte elements have wide blocks."""
     y, x, a, b, _ = lora_layer(layer, rank, rows, torch.float32)

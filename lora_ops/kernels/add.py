@@ -13,8 +13,7 @@ import triton.language as tl
 
 from ops_patches.launch import cdiv, prepared
 
-from .launch import Tiles
-from .tiles import load_tile
+from .tiles import Tiles, load_tile
 
 BLOCK_N = 256
 

@@ -17,9 +17,8 @@ import triton.language as tl
 from ops_configs.lora import ExpandConfig
 from ops_patches.launch import cdiv, prepared
 
-from .launch import Tiles, slice_pointers
 from .shrink import sum_h
-from .tiles import load_tile, select_slice
+from .tiles import Tiles, load_tile, select_slice, slice_pointers
 
 
 @triton.jit

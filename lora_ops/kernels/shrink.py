@@ -21,8 +21,7 @@ from ops_configs.lora import ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
 
 from ..config import chunk_k, group_chunks
-from .launch import Tiles, slice_pointers
-from .tiles import load_tile, select_slice
+from .tiles import Tiles, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""

@@ -1,5 +1,10 @@
 """How a program finds its rows: the tiles of a plan, single rows (bgmv) or segments (sgmv)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
@@ -52,3 +57,26 @@ def select_slice(index, p0, p1, p2, SLICES: tl.constexpr):
     if SLICES > 2:
         p = tl.where(index == 2, p2, p)
     return p
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a batch cut into tiles, one slot a tile.
+
+    mode: one of PLAN_TILES, ROW_TILES, SEGMENT_TILES; count: tiles launched; rows: rows of a tile; batch: rows of
+    the batch, by which launch parameters are chosen; pointers: (slots, rows, lengths) as `load_tile` reads them;
+    per_segment: tiles of a segment.
+    """
+
+    mode: int
+    count: int
+    rows: int
+    batch: int
+    pointers: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    per_segment: int = 1
+
+
+def slice_pointers(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three pointer arguments; slices that the layer lacks repeat the first."""
+    first = weights[0]
+    return first, weights[1] if len(weights) > 1 else first, weights[2] if len(weights) > 2 else first
