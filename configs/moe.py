@@ -10,10 +10,11 @@ int8_w8a8 or int8_w8a16, block the scale blocks of quantised weights. fp16 runs 
     "entries": {"experts=128,intermediate=768,top_k=8": {"64": {"gate_up": {"block_m": 16, "block_n": 64, ...},
                                                                 "down": {...}, "us": 311.2, "default_us": 325.0}}}
 
-"us" and "default_us" are microseconds of the whole layer, with this entry and with the analytic default of the day. An
-expert-parallel layer has its experts on this device as experts, and ",global_experts=256" behind; a layer without ups
-has ",ungated". Where a token bucket is missing, the nearest one stands in whose analytic tiles are of the same size;
-and for a layer without an expert map, an expert-parallel one that has as many experts on a device.
+"us" and "default_us" are microseconds of the whole layer, with this entry and with the analytic default of the day.
+Halves of null ask for today's analytic default. An expert-parallel layer has its experts on this device as experts, and
+",global_experts=256" behind; a layer without ups has ",ungated". Where a token bucket is missing, the nearest one
+stands in whose analytic tiles are of the same size; and for a layer without an expert map, an expert-parallel one that
+has as many experts on a device.
 """
 
 from __future__ import annotations
@@ -180,9 +181,12 @@ def read(path: Path) -> files.ConfigFile:
     itemsize = {"float32": 4, "fp8_w8a8": 1, "int8_w8a8": 1}.get(match[2], 2)
     block_shape = (int(match[3]), int(match[4])) if match[3] else None
 
-    def parse(name: str, entry: dict) -> tuple[str, LayerConfig]:
+    def parse(name: str, entry: dict) -> tuple[str, LayerConfig | None]:
         layer = parse_layer(name, int(match[1]), block_shape=block_shape)
-        config = LayerConfig(*(files.parse_fields(entry.get(half), MoeConfig) for half in ("gate_up", "down")))
+        halves = [entry.get(half, {}) for half in ("gate_up", "down")]
+        if halves == [None, None]:
+            return layer.name, None
+        config = LayerConfig(*(files.parse_fields(half, MoeConfig) for half in halves))
         check(config, layer, itemsize)
         return layer.name, config
 

@@ -23,6 +23,7 @@ BF16, CUDA, CPU = torch.bfloat16, torch.device("cuda", 0), torch.device("cpu")
 LAYER = MoeLayer(128, 8, 2048, 768)
 CONFIG = LayerConfig(MoeConfig(32, 64, 128, 4, 3, 2), MoeConfig(32, 256, 32, 8, 2, 4))
 OTHER = LayerConfig(MoeConfig(64, 32, 64, 4, 2, 1), MoeConfig(64, 128, 64, 4, 2, 1))
+SHIPPED = store.SHIPPED
 METADATA = {"gpu": GPU, "kernels": "", "date": "2026-01-01", "command": "python -m moe_ops.tune --model mixtral-8x7b"}
 
 
@@ -121,6 +122,19 @@ def test_explicit_before_environment_before_shipped_before_default(monkeypatch, 
     assert choice["shape"] == "grouped_gemm_config_2048_bfloat16, experts=128,intermediate=768,top_k=8"
     store.use_configs(None)
     assert layer_config(LAYER, 60, BF16, CUDA) == configs[1]
+
+
+def test_halves_of_null_ask_for_the_default_and_stop_the_search(monkeypatch, tmp_path):
+    write(tmp_path / "shipped", CONFIG)
+    path = write(tmp_path / "user", CONFIG)
+    content = json.loads(path.read_text())
+    content["entries"][LAYER.name]["64"] |= {"gate_up": None, "down": None}
+    path.write_text(json.dumps(content))
+    use(monkeypatch, tmp_path / "user")
+    assert moe.read(path).problems == ()
+    assert layer_config(LAYER, 64, BF16, CUDA) == moe.layer_default(LAYER, 64)
+    assert "nothing faster" in store.choices()[0]["reason"]
+    assert layer_config(LAYER, 128, BF16, CUDA) == moe.layer_default(LAYER, 128)  # nor does another bucket's config
 
 
 def test_a_missing_bucket_takes_the_nearest_of_the_same_tile_size(monkeypatch, tmp_path):
@@ -236,6 +250,7 @@ BAD = {
     "no halves": {"us": 1.0},
     "one half": {"gate_up": HALF},
     "null": {"gate_up": None, "down": HALF},
+    "null alone": {"gate_up": None},
     "unknown field": {"gate_up": {**HALF, "block_q": 16}, "down": HALF},
     "missing field": {"gate_up": {"block_m": 16}, "down": HALF},
     "tiles that no kernel has": {"gate_up": {**HALF, "block_m": 256}, "down": {**HALF, "block_m": 256}},
@@ -476,3 +491,16 @@ def test_every_shipped_file_is_valid(monkeypatch):
         assert files.gpu_folder(file.metadata["gpu"]) == path.parent.name
         for entry in file.raw.values():
             assert entry["us"] == entry["default_us"] or entry["us"] <= 0.97 * entry["default_us"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("layer", "tokens"), [(MoeLayer(8, 2, 4096, 14336), 4096), (MoeLayer(32, 4, 2880, 2880), 8192)]
+)
+def test_many_rows_of_wide_experts_are_persistent_as_shipped(monkeypatch, layer, tokens):
+    monkeypatch.setattr(store, "SHIPPED", SHIPPED)
+    store.forget()
+    for bucket in (tokens, 16384):
+        config = layer_config(layer, bucket, BF16, CUDA)
+        assert config.gate_up.persistent
+        assert config.down.persistent
+    assert not layer_config(layer, tokens // 2, BF16, CUDA).gate_up.persistent
