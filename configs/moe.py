@@ -157,7 +157,7 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
         raise ValueError(f"block_m is {config.gate_up.block_m} and {config.down.block_m}: both halves share the tiles")
     if config.gate_up.stationary or config.down.permute or config.down.tma_store:
         raise ValueError("stationary is for down, permute and tma_store are for gate_up")
-    if config.gate_up.persistent and config.gate_up.block_m != 128:
+    if config.gate_up.persistent and not may_persist("gate_up", config.gate_up.block_m):
         raise ValueError(f"persistent programs of gate_up have tiles of 128 rows, here of {config.gate_up.block_m}")
     if config.down.persistent and config.down.stationary:
         raise ValueError("down is either persistent or stationary")
@@ -325,6 +325,11 @@ def stationary_fits(k: int, block_k: int, block_shape: Sequence[int] | None = No
 def persistent_fits(shared: int) -> bool:
     """Whether programs are persistent with that many bytes of shared memory: it pays off with the most alone."""
     return shared >= files.MAX_SHARED_BYTES
+
+
+def may_persist(half: str, block_m: int) -> bool:
+    """Whether programs of a half, gate_up or down, may be persistent in tiles of block_m rows."""
+    return half == "down" or block_m == 128
 
 
 def fitted(config: MoeConfig, products: int, itemsize: int, k: int, shared: int) -> MoeConfig:

@@ -18,6 +18,7 @@ from ops_configs.moe import (
     MoeConfig,
     MoeLayer,
     layer_default,
+    may_persist,
     persistent_fits,
     shared_memory,
     stationary_fits,
@@ -159,7 +160,7 @@ def neighbours(
         "group_m": (1,) if config.stationary else (1, 4, 8, 16, 32) if config.block_m >= 64 else (1, 4),
     }
     if config.block_m >= 64 and itemsize < 4:
-        persistent = persistent_fits(shared) and (half == "down" or config.block_m == 128)
+        persistent = persistent_fits(shared) and may_persist(half, config.block_m)
         others["persistent"] = (False, True) if persistent else (False,)
         if half == "gate_up" and layer.quant is None:
             others |= {"permute": (False, True), "tma_store": (False, True)}

@@ -495,9 +495,8 @@ def test_stationary_rows(monkeypatch, scheme, k, n, block_m, whole, dtype, devic
     assert_close(out[:live], expected[:live], product_tolerance(dtype, quant, device))
     assert out[live:].isnan().all()
     programs = plan.tile_experts.shape[0] * (1 if whole else 2)
-    assert [grid for grid, _ in launched] == (
-        [(programs,)] if dtype != torch.float32 else []
-    )  # TMA stores no fp32 here
+    grids = [grid for grid, _ in launched]
+    assert grids == ([(programs,)] if dtype != torch.float32 else [])  # TMA stores no fp32 here
 
 
 CONFIGS = [
