@@ -76,6 +76,9 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
+    if TILE_ROWS[0] < num_rows <= SMALL_BATCH and ranks > 32 and k // 1024 * (slices * ranks // 32) >= 25:
+        # four warps also hold wide tiles, of which four then make programs enough
+        return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
         return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
     if slices == 1 and k <= 4096 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
@@ -104,6 +107,9 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
         elif num_rows == 1 or (num_rows <= 4 and not gate_up):
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
+        elif num_rows > TILE_ROWS[0] and (ranks > 64 or (gate_up and ranks > 32)):  # four warps also hold wide tiles
+            block_n = 256 if len(widths) == 1 else 128
+            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
         elif wide and num_rows > 4 and ranks <= 64:
             config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:

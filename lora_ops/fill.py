@@ -17,6 +17,8 @@ from ops_configs.store import SMALL_BATCH
 
 NO_ADAPTER = -1
 SMALL_ROWS, LARGE_ROWS = TILE_ROWS
+WIDE_AT = 3
+"""Tiles of 16 rows for each of 64 from which on a small step takes those, in kernels that hold both."""
 
 
 def fill(
@@ -54,8 +56,8 @@ def fill(
     for section in range(used.size):
         for place in range(starts[section], starts[section] + used[section]):
             arena[place] = blank[place]
-    tile_slots_16, tile_slots_64, active_slots, tokens_per_slot, slot_starts = starts[:5]
-    tile_rows_16, token_slots, order, offsets, tile_rows_64 = starts[5:]
+    wide_tiles, tile_slots_16, tile_slots_64, active_slots, tokens_per_slot, slot_starts = starts[:6]
+    tile_rows_16, token_slots, order, offsets, tile_rows_64 = starts[6:]
 
     # slots, in ascending order
     groups, place = 0, 0
@@ -78,31 +80,51 @@ def fill(
         if offsets >= 0:
             arena[offsets + token] = max(slot, 0) * slot_stride
 
-    # tiles of 16 rows of the first tokens, in the order of their first rows; those without adapter last
+    # tiles of the first tokens, in the order of their first rows, those without adapter last: of 16 rows, and where the
+    # step is small of 64
     small = min(slots.size, SMALL_BATCH)
-    small_tiles, without = 0, 0
-    seen = np.zeros(max_slots, np.int32)  # tokens of each slot
-    last_tile = np.zeros(max_slots, np.int32)  # of each slot
-    for token in range(small):
-        slot = slots[token]
-        if slot != NO_ADAPTER:
-            if seen[slot] % SMALL_ROWS == 0:
-                last_tile[slot] = small_tiles
-                arena[tile_slots_16 + small_tiles] = slot
-                small_tiles += 1
-            arena[tile_rows_16 + last_tile[slot] * SMALL_ROWS + seen[slot] % SMALL_ROWS] = token
-            seen[slot] += 1
-    for token in range(small):
-        if slots[token] == NO_ADAPTER:
-            arena[tile_slots_16 + small_tiles + without // SMALL_ROWS] = NO_ADAPTER
-            arena[tile_rows_16 + small_tiles * SMALL_ROWS + without] = token
-            without += 1
-    small_tiles += (without + SMALL_ROWS - 1) // SMALL_ROWS
+    small_tiles, large_tiles = 0, 0
+    small_with, large_with = 0, 0  # tiles with an adapter
+    for rows, tile_slots, tile_rows in (
+        (SMALL_ROWS, tile_slots_16, tile_rows_16),
+        (LARGE_ROWS, tile_slots_64, tile_rows_64),
+    ):
+        if rows == LARGE_ROWS and slots.size > SMALL_BATCH:
+            continue
+        seen = np.zeros(max_slots, np.int32)  # tokens of each slot
+        last_tile = np.zeros(max_slots, np.int32)  # of each slot
+        count, without = 0, 0
+        for token in range(small):
+            slot = slots[token]
+            if slot != NO_ADAPTER:
+                if seen[slot] % rows == 0:
+                    last_tile[slot] = count
+                    arena[tile_slots + count] = slot
+                    for row in range(rows):
+                        arena[tile_rows + count * rows + row] = -1
+                    count += 1
+                arena[tile_rows + last_tile[slot] * rows + seen[slot] % rows] = token
+                seen[slot] += 1
+        with_adapter = count
+        for token in range(small):
+            if slots[token] == NO_ADAPTER:
+                if without % rows == 0:
+                    arena[tile_slots + count] = NO_ADAPTER
+                    for row in range(rows):
+                        arena[tile_rows + count * rows + row] = -1
+                    count += 1
+                arena[tile_rows + with_adapter * rows + without] = token
+                without += 1
+        if rows == SMALL_ROWS:
+            small_tiles, small_with = count, with_adapter
+        else:
+            large_tiles, large_with = count, with_adapter
+    if large_with > 0 and small_with >= WIDE_AT * large_with:
+        arena[wide_tiles] = large_tiles
 
-    # tiles of 64 rows of all tokens, in the order of their slots; those without adapter last
-    large_tiles = 0
+    # tiles of 64 rows of a larger step, in the order of their slots; those without adapter last
     first_adapter = 1 if tokens[0] > 0 else 0  # groups without adapter: the first or none
-    for i in range(groups):
+    for i in range(groups if slots.size > SMALL_BATCH else 0):
         group = (i + first_adapter) % groups
         last = arena[slot_starts + group + 1]
         for first in range(arena[slot_starts + group], last, LARGE_ROWS):
@@ -112,11 +134,12 @@ def fill(
                 arena[tile_rows_64 + large_tiles * LARGE_ROWS + row] = row_token
             large_tiles += 1
 
-    used[0], used[1] = small_tiles, large_tiles
-    used[2], used[3], used[4] = groups, groups, groups + 1
-    used[5] = small_tiles * SMALL_ROWS
-    used[6] = used[7] = slots.size
-    used[8] = slots.size if offsets >= 0 else 0
+    used[0] = 1
+    used[1], used[2] = small_tiles, large_tiles
+    used[3], used[4], used[5] = groups, groups, groups + 1
+    used[6] = small_tiles * SMALL_ROWS
+    used[7] = used[8] = slots.size
+    used[9] = slots.size if offsets >= 0 else 0
     return large_tiles, groups, groups - first_adapter, -1
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ops_configs.lora import expand_config, shrink_config, tile_rows_for
+from ops_configs.lora import TILE_ROWS, ExpandConfig, expand_config, shrink_config, tile_rows_for
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
 from ops_patches.replay import recording_to
 
-from .config import CHUNKS_BATCH, PLANES_BATCH, SUMMED_PLANES, chunk_k, group_chunks
+from .config import CHUNKS_BATCH, PLANES_BATCH, SUMMED_BYTES, SUMMED_PLANES, chunk_k, group_chunks
 from .plan import plan_layout, tile_count_bound
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
@@ -35,7 +35,10 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, n
     tile_slots = layout.section(arena, f"tile_slots_{rows}")
     tile_rows = layout.section(arena, f"tile_rows_{rows}")
     count = min(tile_count_bound(max(num_rows, num_tokens), layout_args[1], rows), tile_slots.numel())
-    return Tiles(PLAN_TILES.value, count, rows, num_rows, (tile_slots, tile_rows, tile_rows))
+    wide = None
+    if rows == TILE_ROWS[0]:
+        wide = tuple(layout.section(arena, name) for name in ("wide_tiles", "tile_slots_64", "tile_rows_64"))
+    return Tiles(PLAN_TILES.value, count, rows, num_rows, (tile_slots, tile_rows, tile_rows), wide=wide)
 
 
 def row_tiles(slot_indices: torch.Tensor):
@@ -68,6 +71,21 @@ def num_planes(k: int, rank: int, num_rows: int) -> int:
 def planes_of_group(k: int, rank: int, planes: int) -> int:
     """How many of `planes` planes make a group, for their reader."""
     return group_chunks(k, rank) if planes == -(-k // chunk_k(k)) else 1
+
+
+def sums_planes(
+    planes: int, group: int, widths: tuple[int, ...], rank: int, num_rows: int, config: ExpandConfig
+) -> bool:
+    """Whether a kernel of its own adds up the planes, or each program of the expand does: see config.py."""
+    if planes == 1:
+        return False
+    products = -(-rank // config.block_r)
+    runs = sum(-(-width // (config.steps * config.block_n)) for width in widths)
+    if num_rows <= TILE_ROWS[0]:
+        return planes >= SUMMED_PLANES and group > 1
+    if len(widths) == 1:
+        return planes * products >= SUMMED_PLANES and group > 1
+    return planes * runs * rank * products * 4 >= SUMMED_BYTES
 
 
 def run_shrink(x, lora_a, out, scale: float, tiles, **options) -> None:
@@ -114,12 +132,14 @@ def run_linear(
     pdl = _supports_pdl(y.device)
     planes = num_planes(k, rank, tiles.batch)
     group = planes_of_group(k, rank, planes)
-    summed = planes >= SUMMED_PLANES and group > 1
-    h = torch.empty((1 if summed else planes, len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device)
-    if summed:
+    widths = tuple(b.shape[1] for b in lora_b)
+    config = expand_config(widths, rank, tiles.batch, lora_b[0].dtype, y.device)
+    if sums_planes(planes, group, widths, rank, tiles.batch, config):
+        h = torch.empty((1, len(lora_a), x.shape[0], rank), dtype=lora_b[0].dtype, device=x.device)
         run_shrink(x, lora_a, h[0], scale, tiles, pdl=pdl, first=first)
         group = 1
     else:
+        h = torch.empty((planes, len(lora_a), x.shape[0], rank), dtype=torch.float32, device=x.device)
         run_planes(x, lora_a, h, scale, tiles, pdl=pdl, first=first)
     run_expand(h, lora_b, y, offset, add_inputs, tiles, group=group, pdl=pdl, **options)
 

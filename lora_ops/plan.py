@@ -10,13 +10,16 @@ Sections of the arena (int32), L = max_slots, M = max_tokens:
     tokens_per_slot  [L + 1]   tokens of each active slot, padded with 0
     slot_starts      [L + 2]   first position of each active slot in `order`, then num_tokens, padded with 0
     offsets          [M]       max(slot, 0) * slot_stride of each token, padded with 0; of plans that were asked for it
+    wide_tiles       [1]       tiles of 64 rows of a small step that fills them so well that kernels take them; else 0
     tile_slots_R     [T_R]     slot of each tile of R rows, -1 = rows without adapter, -2 = no tile
     tile_rows_R      [T_R, R]  token of each row of the tile, -1 = padding
 
-Tiles without adapter come after the others, so that live work is contiguous. Tiles of 64 rows stand in the order of
-their slots, so that those of an adapter find its weights in the L2 cache. Tiles of 16 rows hold the first SMALL_BATCH
-tokens and stand in the order of their first rows: whatever the step, rows below R that have an adapter are in the first
-`tile_count_bound(R, L, 16)` of them, which is what a CUDA graph captured for R rows launches.
+Tiles without adapter come after the others, so that live work is contiguous. Tiles of 16 rows hold the first
+SMALL_BATCH tokens and stand in the order of their first rows: whatever the step, rows below R that have an adapter are
+in the first `tile_count_bound(R, L, 16)` of them, which is what a CUDA graph captured for R rows launches. So do tiles
+of 64 rows of steps of up to SMALL_BATCH tokens, which kernels that hold both sizes take where few adapters have many
+rows: each tile reads its adapter once. Those of larger steps stand in the order of their slots, so that those of an
+adapter find its weights in the L2 cache.
 
 Buffers never move and never change their size: graphs captured over them stay valid, a replay reads the plan of its own
 step.
@@ -67,6 +70,7 @@ def plan_layout(max_tokens: int, max_slots: int, has_offsets: bool = False) -> P
     caps = {TILE_ROWS[0]: tile_count_bound(small, max_slots, TILE_ROWS[0])}
     caps[TILE_ROWS[1]] = tile_count_bound(max_tokens, max_slots, TILE_ROWS[1])
     lengths = {
+        "wide_tiles": 1,
         "tile_slots_16": caps[16],
         "tile_slots_64": caps[64],
         "active_slots": max_slots + 1,

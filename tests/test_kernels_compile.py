@@ -232,10 +232,21 @@ def test_lora_sums_of_fp32_stay_in_registers(compiler, layer, rank, rows):
     check(kernels, "float32")
 
 
-@pytest.mark.parametrize(("rank", "rows"), [(64, 1), (128, 4), (128, 1000)])
-def test_lora_of_wide_layers(compiler, rank, rows):
-    """Whose analytic launch parameters are others."""
-    check_linear(compiler, "gate_up", rank, rows, {"shrink_kernel", "expand_kernel"})
+@pytest.mark.parametrize(
+    ("rank", "rows", "summed"), [(64, 1, False), (128, 4, False), (64, 256, True), (128, 1000, True)]
+)
+def test_lora_of_wide_layers(compiler, rank, rows, summed):
+    """Whose analytic launch parameters are others, and whose programs would read many planes."""
+    names = {"shrink_kernel", "expand_kernel"} | ({"sum_planes_kernel"} if summed else set())
+    check_linear(compiler, "gate_up", rank, rows, names)
+
+
+def test_lora_holds_wide_tiles_without_spilling(compiler):
+    with compiler.kernels() as kernels:
+        run_lora(lora_layer("gate_up", 128, 256), plan_tiles(256))
+    wide = {kernel.name for kernel in kernels if kernel.constants.get("WIDE")}
+    assert wide == {"shrink_kernel", "expand_kernel"}
+    check(kernels, most_stack=0)
 
 
 @pytest.mark.parametrize("rank", [16, 64])

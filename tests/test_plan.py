@@ -120,19 +120,32 @@ def test_tiles_cover_each_token_once_with_its_slot(planned, rows):
     assert (none >= tiles - none.size).all(), "tiles without adapter come last"
 
 
-def test_the_first_rows_of_any_step_are_in_the_first_small_tiles(planned):
+@pytest.mark.parametrize("tile", TILE_ROWS)
+def test_the_first_rows_of_any_step_are_in_the_first_tiles(planned, tile):
     """What a graph captured for R rows launches holds those of them that have an adapter."""
     plan, slots = planned
-    tile_rows = section(plan, "tile_rows_16").reshape(-1, 16)
+    tile_rows = section(plan, f"tile_rows_{tile}").reshape(-1, tile)
+    if tile > TILE_ROWS[0] and slots.size > SMALL_BATCH:
+        pytest.skip("tiles of large batches stand in another order")
     for rows in {1, 2, 7, 16, 33, 100, 300, SMALL_BATCH}:
-        launched = tile_rows[: tile_count_bound(rows, plan.max_slots, 16)]
+        launched = tile_rows[: tile_count_bound(rows, plan.max_slots, tile)]
         assert set(np.flatnonzero(slots[:rows] >= 0)) <= set(launched.ravel())
 
 
 def test_tiles_of_large_batches_stand_in_the_order_of_their_slots(planned):
-    plan, _ = planned
+    plan, slots = planned
+    if slots.size <= SMALL_BATCH:
+        pytest.skip("tiles of small batches stand in the order of their first rows")
     tile_slots = section(plan, "tile_slots_64")
     assert (np.diff(tile_slots[tile_slots >= 0]) >= 0).all()
+
+
+def test_small_steps_of_few_adapters_have_wide_tiles(planned):
+    plan, slots = planned
+    tile_slots = [section(plan, f"tile_slots_{rows}") for rows in TILE_ROWS]
+    small, large = (int((slots_of >= 0).sum()) for slots_of in tile_slots)
+    wide = 0 < 3 * large <= small and slots.size <= SMALL_BATCH
+    assert section(plan, "wide_tiles") == (int((tile_slots[1] != NO_TILE).sum()) if wide else 0)
 
 
 def test_small_batches_have_small_tiles():

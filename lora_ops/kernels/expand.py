@@ -29,6 +29,96 @@ def load_b(b_ptr, columns, ranks, width, RANK: tl.constexpr, EVEN_R: tl.constexp
     return tl.load(b_ptr, mask=(ranks < RANK)[:, None] & (columns < width)[None, :], other=0.0)
 
 
+@triton.jit
+def expand_rows(
+    slot,
+    rows,  # [BLOCK_M]
+    live,  # [BLOCK_M]
+    lora_slice,
+    first_column,  # of the slice in y
+    column,  # of the slice, where the run begins
+    width,  # of the slice
+    h_ptr,
+    b_ptr,  # of the slice and slot
+    y_ptr,
+    num_rows,
+    y_stride,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    B_ROW_STRIDE: tl.constexpr,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ADD_INPUTS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y[rows, a run of STEPS blocks of columns of one slice] of a slot."""
+    EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    ranks = tl.arange(0, BLOCK_R)
+    columns = column + tl.arange(0, BLOCK_N)
+    y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
+    b_ptr += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+    if STEPS == 1:
+        # B and y were complete when the shrink started: they are on their way while it still runs
+        b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+        y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if ADD_INPUTS:
+            acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+    h = h.to(b_ptr.dtype.element_ty)
+    for _step in range(STEPS):
+        if STEPS > 1:
+            b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+            y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if ADD_INPUTS:
+                acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+        acc = tl.dot(h, b, acc, input_precision="ieee")
+        for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
+            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+            b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
+            acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
+        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+        b_ptr += BLOCK_N * B_ROW_STRIDE
+        y += BLOCK_N
+        columns += BLOCK_N
+
+
+@triton.jit
+def skip_rows(
+    slot,  # negative
+    rows,  # [BLOCK_M]
+    live,  # [BLOCK_M]
+    first_column,
+    column,
+    width,
+    y_ptr,
+    y_stride,
+    ZERO_OTHERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The run's columns of rows without adapter: zero with ZERO_OTHERS, else as they are."""
+    if PDL:  # the next kernel relies on all before this one
+        tl.extra.cuda.gdc_wait()
+    if ZERO_OTHERS:
+        if slot == -1:
+            columns = column + tl.arange(0, BLOCK_N)
+            y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]
+            zeros = tl.zeros((rows.shape[0], BLOCK_N), y_ptr.dtype.element_ty)
+            for step in range(STEPS):
+                tl.store(y + step * BLOCK_N, zeros, mask=live[:, None] & (columns + step * BLOCK_N < width)[None, :])
+
+
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
 def expand_kernel(
     h_ptr,  # [C, S, M, R]
@@ -39,6 +129,9 @@ def expand_kernel(
     slots_ptr,
     rows_ptr,
     lengths_ptr,
+    wide_ptr,  # int32 [1], used when WIDE, as are the next two
+    wide_slots_ptr,
+    wide_rows_ptr,
     tiles_per_segment,
     num_rows,
     y_stride,
@@ -57,6 +150,7 @@ def expand_kernel(
     ADD_INPUTS: tl.constexpr,
     ZERO_OTHERS: tl.constexpr,
     TILES: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -66,7 +160,8 @@ def expand_kernel(
     """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
     A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. y is the first summand of the
-    product, so that the compiler fetches it ahead as it does B.
+    product, so that the compiler fetches it ahead as it does B. With WIDE, tiles are the wide ones in a step that has
+    them.
     """
     RUN: tl.constexpr = STEPS * BLOCK_N
     RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
@@ -74,7 +169,6 @@ def expand_kernel(
     RUNS2: tl.constexpr = (N2 + RUN - 1) // RUN
     RUNS: tl.constexpr = RUNS0 + RUNS1 + RUNS2
     EVEN_N: tl.constexpr = (N0 % RUN == 0) and (N1 % RUN == 0) and (N2 % RUN == 0)
-    EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
     pid = tl.program_id(0)
     tile = pid // RUNS
     run = pid % RUNS
@@ -99,51 +193,88 @@ def expand_kernel(
         width = tl.where(in_2, N2, width)
         slot_stride = tl.where(in_2, B2_SLOT_STRIDE, slot_stride)
         first_column = tl.where(in_2, OFFSET + N0 + N1, first_column)
-    if slot < 0:
-        if PDL:  # the next kernel relies on all before this one
-            tl.extra.cuda.gdc_wait()
-        if not ZERO_OTHERS:
+    column = (run - first_run) * RUN
+    b_ptr = select_slice(lora_slice, b0_ptr, b1_ptr, b2_ptr, SLICES)
+    if WIDE > 0:
+        wide_tiles = tl.load(wide_ptr)
+        if wide_tiles > 0:
+            if tile < wide_tiles:
+                slot, more_rows, all_live = load_tile(
+                    tile, wide_slots_ptr, wide_rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, WIDE
+                )
+                if slot < 0:
+                    skip_rows(
+                        slot,
+                        more_rows,
+                        all_live,
+                        first_column,
+                        column,
+                        width,
+                        y_ptr,
+                        y_stride,
+                        ZERO_OTHERS,
+                        BLOCK_N,
+                        STEPS,
+                        PDL,
+                    )
+                else:
+                    for half in tl.static_range(2):  # or the sums would take twice the registers
+                        expand_rows(
+                            slot,
+                            more_rows,
+                            all_live,
+                            lora_slice,
+                            first_column,
+                            column + half * (RUN // 2),
+                            width,
+                            h_ptr,
+                            b_ptr + slot.to(tl.int64) * slot_stride,
+                            y_ptr,
+                            num_rows,
+                            y_stride,
+                            RANK,
+                            SLICES,
+                            B_ROW_STRIDE,
+                            PLANES,
+                            GROUP,
+                            ADD_INPUTS,
+                            EVEN_N,
+                            BLOCK_N // 2,
+                            BLOCK_R,
+                            STEPS,
+                            PDL,
+                        )
+            elif PDL:
+                tl.extra.cuda.gdc_wait()
             return
-    ranks = tl.arange(0, BLOCK_R)
-    columns = (run - first_run) * RUN + tl.arange(0, BLOCK_N)
-    y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
     if slot < 0:
-        if slot == -1:
-            for step in range(STEPS):
-                y_mask = live[:, None] & (columns + step * BLOCK_N < width)[None, :]
-                tl.store(y + step * BLOCK_N, tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty), mask=y_mask)
+        skip_rows(slot, rows, live, first_column, column, width, y_ptr, y_stride, ZERO_OTHERS, BLOCK_N, STEPS, PDL)
         return
-
-    b_ptr = select_slice(lora_slice, b0_ptr, b1_ptr, b2_ptr, SLICES) + slot.to(tl.int64) * slot_stride
-    b_ptr += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
-    if STEPS == 1:
-        # B and y were complete when the shrink started: they are on their way while it still runs
-        b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-        y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if ADD_INPUTS:
-            acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
-    h = h.to(b0_ptr.dtype.element_ty)
-    for _step in range(STEPS):
-        if STEPS > 1:
-            b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-            y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if ADD_INPUTS:
-                acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
-        acc = tl.dot(h, b, acc, input_precision="ieee")
-        for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
-            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
-            b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
-            acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
-        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
-        b_ptr += BLOCK_N * B_ROW_STRIDE
-        y += BLOCK_N
-        columns += BLOCK_N
+    expand_rows(
+        slot,
+        rows,
+        live,
+        lora_slice,
+        first_column,
+        column,
+        width,
+        h_ptr,
+        b_ptr + slot.to(tl.int64) * slot_stride,
+        y_ptr,
+        num_rows,
+        y_stride,
+        RANK,
+        SLICES,
+        B_ROW_STRIDE,
+        PLANES,
+        GROUP,
+        ADD_INPUTS,
+        EVEN_N,
+        BLOCK_N,
+        BLOCK_R,
+        STEPS,
+        PDL,
+    )
 
 
 def expand(
@@ -194,6 +325,7 @@ def expand(
         ADD_INPUTS=add_inputs,
         ZERO_OTHERS=zero_others,
         TILES=tiles.mode,
+        WIDE=tiles.held_wide(rank, lora_b[0].dtype, config.num_warps) if planes == 1 and config.block_n >= 32 else 0,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
@@ -208,7 +340,7 @@ def expand(
         h,
         *slice_pointers(lora_b),
         y,
-        *tiles.pointers,
+        *tiles.all_pointers(),
         tiles.per_segment,
         num_rows,
         y.stride(0),

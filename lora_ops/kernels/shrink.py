@@ -21,7 +21,7 @@ from ops_configs.lora import ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
 
 from ..config import chunk_k, group_chunks
-from .tiles import Tiles, load_tile, select_slice, slice_pointers
+from .tiles import WIDE_PROGRAMS, Tiles, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
@@ -40,11 +40,12 @@ def chunk_dot(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x @ A^T over one chunk of K, fp32 [BLOCK_M, BLOCK_N]."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k = tl.arange(0, BLOCK_K)
-    for k0 in range(first_k, tl.minimum(first_k + CHUNK_K, K), BLOCK_K):
+    for k0 in tl.range(first_k, tl.minimum(first_k + CHUNK_K, K), BLOCK_K, num_stages=STAGES):
         x_mask = live[:, None]
         if K % BLOCK_K == 0:
             if EVEN_N:
@@ -75,14 +76,87 @@ def group_dot(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """scale * x @ A^T over one group of chunks of K, fp32 [BLOCK_M, BLOCK_N]."""
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(first, tl.minimum(first + GROUP, (K + CHUNK_K - 1) // CHUNK_K)):
-        part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
         # a select, or the compiler would fuse product and sum, and a chunk would have other bits than in its own plane
         total += tl.where(live[:, None], part * scale, 0.0)
     return total
+
+
+@triton.jit
+def shrink_rows(
+    slot,
+    rows,  # [BLOCK_M]
+    live,  # [BLOCK_M]
+    index,  # plane
+    first_column,
+    x_ptr,
+    a0_ptr,
+    a1_ptr,
+    a2_ptr,
+    out_ptr,
+    num_rows,
+    x_stride,
+    scale,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    A_SLOT_STRIDE: tl.constexpr,
+    A_ROW_STRIDE: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[index, :, rows, :] in a block of columns."""
+    NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
+    EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    columns = first_column + tl.arange(0, BLOCK_N)
+    in_columns = columns < SLICES * RANK
+    if RANK % BLOCK_N == 0:  # one slice a block
+        lora_slice = first_column // RANK
+    else:
+        lora_slice = columns // RANK
+    ranks = columns - lora_slice * RANK
+    plane = ((index * SLICES + lora_slice).to(tl.int64) * num_rows) * RANK + ranks
+    out = out_ptr + rows[:, None].to(tl.int64) * RANK + plane[None, :]  # [BLOCK_M, BLOCK_N]
+    out_mask = live[:, None] & in_columns[None, :]
+    if PDL:  # what ran before is complete, also for the kernel that starts now
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if slot < 0:
+        if PLANES == 1:
+            if slot == -1:
+                tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), mask=out_mask)
+    else:
+        x = x_ptr + rows[:, None].to(tl.int64) * x_stride
+        a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
+        a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
+        if PLANES == NUM_CHUNKS:
+            total = chunk_dot(
+                x, a, live, in_columns, index * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+            )
+            total = total * scale
+        elif PLANES > 1:
+            first = index * GROUP
+            total = group_dot(
+                x, a, live, in_columns, first, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+            )
+        else:
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for c in range(0, NUM_CHUNKS, GROUP):
+                total += group_dot(
+                    x, a, live, in_columns, c, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+                )
+        tl.store(out, total, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows", "scale"])
@@ -95,6 +169,9 @@ def shrink_kernel(
     slots_ptr,
     rows_ptr,
     lengths_ptr,
+    wide_ptr,  # int32 [1], used when WIDE, as are the next two
+    wide_slots_ptr,
+    wide_rows_ptr,
     tiles_per_segment,
     num_rows,
     x_stride,
@@ -108,9 +185,11 @@ def shrink_kernel(
     GROUP: tl.constexpr,
     PLANES: tl.constexpr,
     TILES: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (tiles * C * ceil(S * R / BLOCK_N),), blocks of columns fastest, then planes and tiles.
@@ -118,50 +197,62 @@ def shrink_kernel(
     The ranks of all slices stand side by side as S * R columns, so that a program reads x once for several slices. It
     owns out[c, :, rows of its tile, :] in its block of columns, and walks all chunks of K of its plane itself: one, a
     group of GROUP, or with C == 1 all. Rows of slot -1 become zero with C == 1, and are left alone with more planes,
-    whose reader skips them.
+    whose reader skips them. With WIDE, tiles are the wide ones in a step that has them, if they
+    make enough programs.
     """
-    NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
     BLOCKS: tl.constexpr = (SLICES * RANK + BLOCK_N - 1) // BLOCK_N
-    EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
     pid = tl.program_id(0)
     index = pid // BLOCKS % PLANES
     tile = pid // (BLOCKS * PLANES)
     first_column = pid % BLOCKS * BLOCK_N
-    columns = first_column + tl.arange(0, BLOCK_N)
-    in_columns = columns < SLICES * RANK
-    if RANK % BLOCK_N == 0:  # one slice a block
-        lora_slice = first_column // RANK
-    else:
-        lora_slice = columns // RANK
-    ranks = columns - lora_slice * RANK
-
+    operands = (index, first_column, x_ptr, a0_ptr, a1_ptr, a2_ptr, out_ptr, num_rows, x_stride, scale)
     slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
-    plane = ((index * SLICES + lora_slice).to(tl.int64) * num_rows) * RANK + ranks
-    out = out_ptr + rows[:, None].to(tl.int64) * RANK + plane[None, :]  # [BLOCK_M, BLOCK_N]
-    out_mask = live[:, None] & in_columns[None, :]
-    if PDL:  # what ran before is complete, also for the kernel that starts now
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if slot < 0:
-        if PLANES == 1:
-            if slot == -1:
-                tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), mask=out_mask)
-        return
-
-    x = x_ptr + rows[:, None].to(tl.int64) * x_stride
-    a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
-    a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
-    if PLANES == NUM_CHUNKS:
-        total = chunk_dot(x, a, live, in_columns, index * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K)
-        total = total * scale
-    elif PLANES > 1:
-        first = index * GROUP
-        total = group_dot(x, a, live, in_columns, first, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for c in range(0, NUM_CHUNKS, GROUP):
-            total += group_dot(x, a, live, in_columns, c, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
-    tl.store(out, total, mask=out_mask)
+    if WIDE > 0:
+        wide_tiles = tl.load(wide_ptr)
+        if wide_tiles * BLOCKS * PLANES >= WIDE_PROGRAMS:
+            if tile < wide_tiles:
+                slot, more_rows, all_live = load_tile(
+                    tile, wide_slots_ptr, wide_rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, WIDE
+                )
+                shrink_rows(
+                    slot,
+                    more_rows,
+                    all_live,
+                    *operands,
+                    K,
+                    RANK,
+                    SLICES,
+                    A_SLOT_STRIDE,
+                    A_ROW_STRIDE,
+                    CHUNK_K,
+                    GROUP,
+                    PLANES,
+                    BLOCK_N,
+                    BLOCK_K // 2,  # no more shared memory than below
+                    STAGES - 1,
+                    PDL,
+                )
+            elif PDL:
+                tl.extra.cuda.gdc_wait()
+            return
+    shrink_rows(
+        slot,
+        rows,
+        live,
+        *operands,
+        K,
+        RANK,
+        SLICES,
+        A_SLOT_STRIDE,
+        A_ROW_STRIDE,
+        CHUNK_K,
+        GROUP,
+        PLANES,
+        BLOCK_N,
+        BLOCK_K,
+        STAGES,
+        PDL,
+    )
 
 
 @triton.jit
@@ -313,12 +404,24 @@ def shrink(
         GROUP=group_chunks(k, rank),
         PLANES=planes,
         TILES=tiles.mode,
+        WIDE=tiles.held_wide(rank, weight.dtype, config.num_warps) if config.block_k >= 32 else 0,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
         BLOCK_K=min(config.block_k, chunk_k(k)),  # a step stays in its chunk
+        STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl and not first,
     )
-    launch(grid, x, *slice_pointers(lora_a), out, *tiles.pointers, tiles.per_segment, num_rows, x.stride(0), scale)
+    arguments = (
+        x,
+        *slice_pointers(lora_a),
+        out,
+        *tiles.all_pointers(),
+        tiles.per_segment,
+        num_rows,
+        x.stride(0),
+        scale,
+    )
+    launch(grid, *arguments)

@@ -8,9 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ops_configs.lora import TILE_ROWS
+
 PLAN_TILES = tl.constexpr(0)
 ROW_TILES = tl.constexpr(1)
 SEGMENT_TILES = tl.constexpr(2)
+
+WIDE_ROWS = TILE_ROWS[1]
+WIDE_PROGRAMS = tl.constexpr(90)
+"""Programs that wide tiles must make for a shrink to take them, so that most of a GPU's multiprocessors have one."""
 
 
 @triton.jit
@@ -65,7 +71,8 @@ class Tiles:
 
     mode: one of PLAN_TILES, ROW_TILES, SEGMENT_TILES; count: tiles launched; rows: rows of a tile; batch: rows of
     the batch, by which launch parameters are chosen; pointers: (slots, rows, lengths) as `load_tile` reads them;
-    per_segment: tiles of a segment.
+    per_segment: tiles of a segment; wide: (number, slots, rows) of the tiles of WIDE_ROWS rows that a step takes
+    instead, in a kernel that holds them, if the number is not 0.
     """
 
     mode: int
@@ -74,6 +81,18 @@ class Tiles:
     batch: int
     pointers: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     per_segment: int = 1
+    wide: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def all_pointers(self) -> tuple[torch.Tensor, ...]:
+        """Arguments of a kernel that may hold wide tiles; where there are none it reads the last three not."""
+        return (*self.pointers, *(self.wide or self.pointers))
+
+    def held_wide(self, rank: int, dtype: torch.dtype, num_warps: int) -> int:
+        """Rows of the wide tiles that a kernel holds beside its own, or 0.
+
+        Higher ranks gain by them; four warps have the registers for them, if tensor cores multiply.
+        """
+        return WIDE_ROWS if self.wide and rank > 32 and dtype.itemsize == 2 and num_warps >= 4 else 0
 
 
 def slice_pointers(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ has is left out.
 from __future__ import annotations
 
 from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
-from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
+from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
 from ops_configs.store import padded
 
 from ..config import CHUNKS_BATCH, PLANES_BATCH
@@ -22,6 +22,7 @@ SMALL_SHRINKS = (  # few rows: the adapters' weights have to come, a program bri
     (16, 256, 4, 4),
     (32, 64, 1, 4),
     (32, 128, 2, 4),
+    (32, 128, 4, 4),  # four warps and more also hold tiles of 64 rows, for one adapter with many rows
     (32, 256, 4, 3),
     (64, 64, 2, 4),
     (64, 128, 4, 3),
@@ -77,7 +78,7 @@ def _is_small(rows: int) -> bool:
 def batch_class(rows: int) -> int:
     """The number of rows that stands for all batches whose kernels are compiled alike."""
     if _is_small(rows):
-        return 1
+        return 1 if rows <= TILE_ROWS[0] else TILE_ROWS[0] + 1
     return next((most for most in (CHUNKS_BATCH, PLANES_BATCH) if rows <= most), PLANES_BATCH + 1)
 
 

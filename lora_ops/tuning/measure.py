@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ops_configs.clock import GRAPH_US, LOSER, Clock, too_large
-from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
+from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, pinned
 
 from .. import reference
 from ..launches import plan_tiles, run_linear
@@ -35,6 +35,12 @@ def token_slots(tokens: int, max_loras: int) -> np.ndarray:
         return (np.arange(tokens) % min(tokens, max_loras)).astype(np.int32)
     adapters = min(PREFILL_SEQUENCES, max_loras)
     return (np.arange(tokens) * adapters // tokens).astype(np.int32)
+
+
+def mixes(tokens: int, max_loras: int) -> list[np.ndarray]:
+    """What a batch of so many tokens may hold: all adapters, and for decode with tokens enough just one."""
+    slots = token_slots(tokens, max_loras)
+    return [slots] if tokens <= TILE_ROWS[0] or tokens >= PREFILL_TOKENS else [slots, np.zeros_like(slots)]
 
 
 def num_adapters(tokens: int, max_loras: int) -> int:
@@ -94,34 +100,42 @@ class Bench:
 
 
 class Batch:
-    """One number of tokens over the weights of a bench, each call on other adapters than the one before."""
+    """One number of tokens over the weights of a bench, each call on other adapters than the one before.
+
+    Calls take the mixes in turns.
+    """
 
     def __init__(self, bench: Bench, tokens: int) -> None:
         self.bench, self.tokens = bench, tokens
-        slots = token_slots(tokens, bench.max_loras)
         self.adapters = num_adapters(tokens, bench.max_loras)
-        self.plan = LoraPlan(tokens, self.adapters, bench.device)
-        self.plan.update(slots)
+        self.plans = []
+        for slots in mixes(tokens, bench.max_loras):
+            self.plans.append(LoraPlan(tokens, self.adapters, bench.device))
+            self.plans[-1].update(slots)
         self.x = bench._randn(tokens, bench.layer.k)
         self.y = bench._randn(tokens, sum(bench.layer.widths))
         self.copies = max(1, min(bench.slots // self.adapters, MAX_CALLS))
         rotation = self.copies * self.adapters * bench.adapter_bytes
         self.max_calls = MAX_CALLS if rotation >= COLD_BYTES else self.copies
-        self.calls = 2
+        self.calls = 2  # always an even number
 
     def run(self, i: int, y: torch.Tensor | None = None) -> None:
         first = i % self.copies * self.adapters
         a, b = ([w[first : first + self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
-        lora_linear(self.y if y is None else y, self.x, a, b, self.plan)
+        lora_linear(self.y if y is None else y, self.x, a, b, self.plans[i % len(self.plans)])
 
     def error(self, pair: Pair) -> float:
-        """Greatest relative error of a row (Euclidean norms) against fp32; NaN when an output is NaN."""
+        """Greatest relative error of a row (Euclidean norms) against fp32 in any mix; NaN when an output is NaN."""
+        return max((self._error(pair, i) for i in range(len(self.plans))), key=lambda error: (error != error, error))
+
+    def _error(self, pair: Pair, i: int) -> float:
         base = self.bench._randn(*self.y.shape)
         out, expected = base.clone(), base.float()
         with pinned(self.tokens, *pair):
-            self.run(0, out)
-        a, b = ([w[: self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
-        reference.lora_linear(expected, self.x, a, b, self.plan)
+            self.run(i, out)
+        first = i % self.copies * self.adapters
+        a, b = ([w[first : first + self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
+        reference.lora_linear(expected, self.x, a, b, self.plans[i])
         return float(((out.float() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
     def capture(self, pair: Pair) -> Callable[[], float]:
@@ -132,7 +146,7 @@ class Batch:
     def settle(self, default: Pair = (None, None)) -> None:
         """Choose how many calls a graph holds, from the time of the default."""
         us = self.capture(default)()
-        self.calls = max(2, min(round(GRAPH_US / us), self.max_calls))
+        self.calls = max(2, min(round(GRAPH_US / us), self.max_calls) // 2 * 2)
 
     def time(self, pair: Pair, best_us: float = math.inf, replays: int = 5) -> float:
         """Median microseconds a call; after one replay only, if that is far slower than best_us."""

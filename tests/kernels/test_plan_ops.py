@@ -1,5 +1,7 @@
 """lora_shrink, lora_expand and lora_linear against the fp32 reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import lora_ops
 from lora_ops import launches, ops, reference
 from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
 from lora_ops.plan import plan_args
-from ops_configs.lora import ShrinkConfig, pinned
+from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
 
@@ -166,6 +168,56 @@ def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
         assert_close(y, expected, tolerance(torch.float16))
 
 
+WIDE = Case(300, 1536, (40, 64, 32), 64, 12, "wide tiles")
+WIDE_CONFIGS = ShrinkConfig(16, 64, num_warps=4, num_stages=3), ExpandConfig(32, 64, num_warps=4, num_stages=2, steps=1)
+WIDE_STEPS = {
+    "one adapter": [7] * 150,
+    "two adapters and none": [3, -1, 11] * 50,
+    "one row in the last tile": [0] * 129,
+    "many adapters": list(range(12)) * 12,
+    "more tokens than rows": [5, -1, 6] * 100,
+    "no adapter": [-1] * 150,
+}
+
+
+@pytest.mark.parametrize(("add_inputs", "summed"), [(True, True), (False, True), (True, False)])
+def test_wide_tiles_serve_the_steps_that_fill_them(device, monkeypatch, add_inputs, summed):
+    """Launches of one plan, of kernels that hold both sizes of tiles, over steps of either kind."""
+    layer = make_layer(WIDE, torch.float16, device)
+    plan, rows = layer.plan, 150
+    monkeypatch.setattr(launches, "sums_planes", lambda *args: summed)
+    plan.update([0] * rows)
+    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows, rows)
+    assert tiles.held_wide(64, torch.float16, num_warps=4) == 64
+    x, base, width = layer.x[:rows], layer.y[:rows], layer.width
+    taken = {}
+    for step, slots in WIDE_STEPS.items():
+        plan.update(slots)
+        taken[step] = int(plan.section("wide_tiles"))
+        y = base.clone()
+        if not add_inputs:
+            y[: min(rows, len(slots)), :width] = nan
+        expected = y.float()
+        with pinned(rows, *WIDE_CONFIGS):
+            launches.run_linear(y, x, layer.lora_a, layer.lora_b, 0.5, 0, add_inputs, tiles)
+        reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan, 0.5, 0, add_inputs)
+        assert_close(y, expected, tolerance(torch.float16))
+    assert list(taken.values()) == [3, 3, 3, 0, 6, 0]
+
+
+def test_wide_tiles_have_the_bits_of_others(device):
+    if device == "cpu":
+        pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
+    layer = make_layer(WIDE, torch.float16, device)
+    layer.plan.update([4, 4, 9] * 100)
+    assert layer.plan.section("wide_tiles") == 6
+    wide, narrow = layer.y.clone(), layer.y.clone()
+    for y, warps in ((wide, 4), (narrow, 2)):
+        with pinned(300, *(replace(config, num_warps=warps) for config in WIDE_CONFIGS)):
+            lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
+    assert torch.equal(wide, narrow)
+
+
 def test_bf16_weights_without_a_gpu_take_the_reference(device):
     """Triton's interpreter multiplies bf16 as bit patterns."""
     if device != "cpu":
@@ -236,20 +288,22 @@ PLANES = [
 @pytest.mark.parametrize("tokens", [20, 540])
 @pytest.mark.parametrize(("k", "rank", "planes"), PLANES)
 def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens, k, rank, planes):
-    """A plane for each chunk of K, for each group of chunks, or one for all, summed before the expand (of more than 32
-    ranks) or in it: the same bits, signs of zeros too."""
+    """A plane for each chunk of K, for each group of chunks, or one for all, summed before the expand or in it.
+
+    The same bits, signs of zeros too.
+    """
     layer = make_layer(Case(tokens, k, (24,), rank, 2, "planes"), dtype, device)
     layer.x[::3] = 0
     found = [launches.num_planes(k, rank, rows) for rows in (1, CHUNKS_BATCH, CHUNKS_BATCH + 1, PLANES_BATCH)]
     assert found == [planes[0], planes[0], planes[1], planes[1]]
     assert launches.num_planes(k, rank, PLANES_BATCH + 1) == 1
     results = []
-    ways = [(count, launches.SUMMED_PLANES) for count in (*planes, 1)]
+    ways = [(count, False) for count in (*planes, 1)]
     if tokens == 20:  # once is enough for the interpreter
-        ways.append((planes[0], 2))
+        ways.append((planes[0], planes[0] > 1))
     for count, summed in ways:
         monkeypatch.setattr(launches, "num_planes", lambda k, rank, rows, count=count: count)
-        monkeypatch.setattr(launches, "SUMMED_PLANES", summed)
+        monkeypatch.setattr(launches, "sums_planes", lambda *args, summed=summed: summed)
         y, h = layer.y.clone(), torch.full((1, tokens, rank), nan, device=device)
         lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, -0.7)
         lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, -0.7)
