@@ -76,7 +76,7 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
-    if TILE_ROWS[0] < num_rows <= SMALL_BATCH and ranks > 32 and k // 1024 * (slices * ranks // 32) >= 25:
+    if TILE_ROWS[0] < num_rows <= SMALL_BATCH and ranks > 64 and k // 1024 * (slices * ranks // 32) >= 45:
         # four warps also hold wide tiles, of which four then make programs enough
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
@@ -95,8 +95,11 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
     return ShrinkConfig(block_n, min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
 
 
-def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandConfig:
-    """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known."""
+def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, whole: bool) -> ExpandConfig:
+    """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known.
+
+    whole: it reads complete sums, not planes of them.
+    """
     ranks, widest = padded(rank), padded(max(widths))
     if num_rows <= SMALL_BATCH:
         block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
@@ -107,9 +110,9 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int) -> ExpandC
         elif num_rows == 1 or (num_rows <= 4 and not gate_up):
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
-        elif num_rows > TILE_ROWS[0] and (ranks > 64 or (gate_up and ranks > 32)):  # four warps also hold wide tiles
+        elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
             block_n = 256 if len(widths) == 1 else 128
-            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
+            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)  # holds wide tiles
         elif wide and num_rows > 4 and ranks <= 64:
             config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:
@@ -190,22 +193,24 @@ def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -
     return tuned or _fitted(shrink_default(k, slices, rank, bucket), bucket, dtype, device)
 
 
-def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device) -> ExpandConfig:
+def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device, whole: bool) -> ExpandConfig:
     """Launch parameters of the expand for B_s [slots, widths[s], rank] and y with num_rows rows, tuned or analytic.
+
+    whole: it reads complete sums, not planes of them.
 
     Raises:
         ValueError: LORA_OPS_CONFIG_DIR is no folder.
     """
-    return _expand_config(widths, rank, row_bucket(num_rows), dtype, device)
+    return _expand_config(widths, rank, row_bucket(num_rows), dtype, device, whole)
 
 
 @cached
-def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, device) -> ExpandConfig:
+def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, device, whole: bool) -> ExpandConfig:
     if _pinned and _pinned[0] == bucket:
         tuned = _pinned[2]
     else:
         tuned = _find(EXPAND, expand_file(widths), rank, bucket, dtype, device)
-    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket), bucket, dtype, device), rank)
+    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket, whole), bucket, dtype, device), rank)
 
 
 def row_buckets() -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""What the LoRA kernels fix for every GPU: their limits and the order in which a row is summed."""
+"""What the LoRA kernels fix for every GPU: their limits, and the order and the places in which a row is summed."""
+
+from ops_configs.lora import TILE_ROWS
+from ops_configs.store import SMALL_BATCH, row_bucket
 
 MAX_RANK = 512
 MAX_SLICES = 3
@@ -15,17 +18,14 @@ MAX_GROUPS = 4
 """Groups that the chunks of K make at most, from rank 33 on."""
 
 SUMMED_PLANES = 17
-"""From so many planes on, where they make groups, a kernel of its own adds them up between shrink and expand.
+SUMMED_BYTES = 150_000
+SUMMED_PROGRAMS = 700
+"""When a kernel of its own adds up the planes between shrink and expand: see `sums_planes`.
 
-Below, each program of the expand does: in batches of more than 16 rows once for each of its products, which count so
-many times. Measured on an H100, K = 25600 (25 planes), rank 64: 256 tokens of one adapter 27.5 -> 18.6 us, of 64
-adapters 115.3 -> 100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0, rank 128: 25.5 -> 24.1 and
-121.1 -> 115.2.
-"""
-SUMMED_BYTES = 100_000
-"""It also does for layers of several slices in batches of more than 16 rows, if the expand's programs read as many
-bytes of planes for each row. Measured on an H100: gate_up of Llama-3-8B, rank 128, 256 tokens of 32 adapters 141.7 ->
-121.7 us, 1024 of 8 97.3 -> 91.1; qkv of rank 64, whose programs would read 50,000, 35.0 -> 36.5.
+Measured on an H100, us. K = 25600 (25 planes), rank 64: 256 tokens of one adapter 27.5 -> 18.6, of 64 adapters 115.3 ->
+100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0, rank 128 (28): 25.5 -> 24.1 and 121.1 -> 115.2.
+Llama-3-8B's gate_up, rank 128 (459 KB): 256 tokens of 32 adapters 141.7 -> 121.7, 1024 of 8 97.3 -> 91.1; its qkv, rank
+64 (49 KB): 35.0 -> 36.5, rank 128 (197 KB): 69.3 -> 62.4, but 64 tokens of one adapter (192 programs) 11.5 -> 13.3.
 """
 
 
@@ -45,3 +45,43 @@ def group_chunks(k: int, rank: int) -> int:
     a group up to rank 32, where a reader's registers hold what it loads of all chunks at once.
     """
     return 1 if rank <= 32 else -(-k // (MAX_GROUPS * chunk_k(k)))
+
+
+def num_planes(k: int, rank: int, num_rows: int) -> int:
+    """Planes that the sum over K is split into: the fewer, the more programs the rows of a batch make."""
+    if num_rows > PLANES_BATCH:
+        return 1
+    chunks = -(-k // chunk_k(k))
+    return chunks if num_rows <= CHUNKS_BATCH else -(-chunks // group_chunks(k, rank))
+
+
+def planes_of_group(k: int, rank: int, planes: int) -> int:
+    """How many of `planes` planes make a group, for their reader."""
+    return group_chunks(k, rank) if planes == -(-k // chunk_k(k)) else 1
+
+
+def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
+    """Whether a kernel of its own adds up the planes; if not, each program of the expand does.
+
+    It does where a program would add up SUMMED_PLANES of them, which make groups; those of each product count in
+    batches of more than 16 rows. It also does in such batches for ranks above 32 and several slices, if programs would
+    read SUMMED_BYTES of planes for each row and are at least SUMMED_PROGRAMS: less takes no longer than the kernel.
+    """
+    num_rows = row_bucket(num_rows)  # batches of a bucket run what was compiled for it
+    small = num_rows <= SMALL_BATCH
+    rows, columns, ranks = (TILE_ROWS[0], 128, 64) if small else (TILE_ROWS[1], 256, 128)  # of a program
+    if num_rows <= TILE_ROWS[0]:
+        return group > 1 and planes >= SUMMED_PLANES
+    products = -(-rank // ranks)
+    if group > 1 and planes * products >= SUMMED_PLANES:
+        return True
+    runs = sum(-(-width // columns) for width in widths)
+    read = planes * runs * rank * products * 4
+    many = read >= SUMMED_BYTES and num_rows * runs >= SUMMED_PROGRAMS * rows
+    return planes > 1 and rank > 32 and len(widths) > 1 and many
+
+
+def reads_whole(k: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
+    """Whether the expand of a layer reads complete sums, not planes of them."""
+    planes = num_planes(k, rank, num_rows)
+    return planes == 1 or sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, num_rows)

@@ -18,7 +18,7 @@ from ops_configs.store import SMALL_BATCH
 NO_ADAPTER = -1
 SMALL_ROWS, LARGE_ROWS = TILE_ROWS
 WIDE_AT = 3
-"""Tiles of 16 rows for each of 64 from which on a small step takes those, in kernels that hold both."""
+"""Tiles of 16 rows for each of 64 from which on a small step takes those, if two or more, in kernels that hold both."""
 
 
 def fill(
@@ -119,7 +119,7 @@ def fill(
             small_tiles, small_with = count, with_adapter
         else:
             large_tiles, large_with = count, with_adapter
-    if large_with > 0 and small_with >= WIDE_AT * large_with:
+    if large_with > 1 and small_with >= WIDE_AT * large_with:
         arena[wide_tiles] = large_tiles
 
     # tiles of 64 rows of a larger step, in the order of their slots; those without adapter last

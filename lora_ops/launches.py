@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ops_configs.lora import TILE_ROWS, ExpandConfig, expand_config, shrink_config, tile_rows_for
+from ops_configs.lora import TILE_ROWS, expand_config, shrink_config, tile_rows_for
 from ops_configs.store import register_kernels
 from ops_patches.library import INTERPRET
 from ops_patches.replay import recording_to
 
-from .config import CHUNKS_BATCH, PLANES_BATCH, SUMMED_BYTES, SUMMED_PLANES, chunk_k, group_chunks
+from .config import num_planes, planes_of_group, sums_planes
 from .plan import plan_layout, tile_count_bound
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
@@ -60,34 +60,6 @@ def segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_l
     return Tiles(SEGMENT_TILES.value, batches * per_segment, rows, token_nums, pointers, per_segment)
 
 
-def num_planes(k: int, rank: int, num_rows: int) -> int:
-    """Planes that the sum over K is split into: the fewer, the more programs the rows of a batch make."""
-    if num_rows > PLANES_BATCH:
-        return 1
-    chunks = -(-k // chunk_k(k))
-    return chunks if num_rows <= CHUNKS_BATCH else -(-chunks // group_chunks(k, rank))
-
-
-def planes_of_group(k: int, rank: int, planes: int) -> int:
-    """How many of `planes` planes make a group, for their reader."""
-    return group_chunks(k, rank) if planes == -(-k // chunk_k(k)) else 1
-
-
-def sums_planes(
-    planes: int, group: int, widths: tuple[int, ...], rank: int, num_rows: int, config: ExpandConfig
-) -> bool:
-    """Whether a kernel of its own adds up the planes, or each program of the expand does: see config.py."""
-    if planes == 1:
-        return False
-    products = -(-rank // config.block_r)
-    runs = sum(-(-width // (config.steps * config.block_n)) for width in widths)
-    if num_rows <= TILE_ROWS[0]:
-        return planes >= SUMMED_PLANES and group > 1
-    if len(widths) == 1:
-        return planes * products >= SUMMED_PLANES and group > 1
-    return planes * runs * rank * products * 4 >= SUMMED_BYTES
-
-
 def run_shrink(x, lora_a, out, scale: float, tiles, **options) -> None:
     """Complete sums into out, fp32 [S, M, R]; options as `kernels.shrink.shrink` takes them."""
     from .kernels.shrink import sum_planes
@@ -116,7 +88,8 @@ def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) ->
 
     planes = h if h.ndim == 4 else h.unsqueeze(0)
     widths = tuple(b.shape[1] for b in lora_b)
-    config = expand_config(widths, planes.shape[3], tiles.batch, lora_b[0].dtype, y.device)
+    whole = planes.shape[0] == 1
+    config = expand_config(widths, planes.shape[3], tiles.batch, lora_b[0].dtype, y.device, whole)
     expand(planes, lora_b, y, tiles, offset, add_inputs, config, **options)
 
 
@@ -133,8 +106,7 @@ def run_linear(
     planes = num_planes(k, rank, tiles.batch)
     group = planes_of_group(k, rank, planes)
     widths = tuple(b.shape[1] for b in lora_b)
-    config = expand_config(widths, rank, tiles.batch, lora_b[0].dtype, y.device)
-    if sums_planes(planes, group, widths, rank, tiles.batch, config):
+    if sums_planes(planes, group, widths, rank, tiles.batch):
         h = torch.empty((1, len(lora_a), x.shape[0], rank), dtype=lora_b[0].dtype, device=x.device)
         run_shrink(x, lora_a, h[0], scale, tiles, pdl=pdl, first=first)
         group = 1

@@ -241,9 +241,11 @@ def test_lora_of_wide_layers(compiler, rank, rows, summed):
     check_linear(compiler, "gate_up", rank, rows, names)
 
 
-def test_lora_holds_wide_tiles_without_spilling(compiler):
+@pytest.mark.parametrize("layer", ["qkv", "down"])
+def test_lora_holds_wide_tiles_without_spilling(compiler, layer):
+    y, x, a, b, _ = lora_layer(layer, 128, 256)
     with compiler.kernels() as kernels:
-        run_lora(lora_layer("gate_up", 128, 256), plan_tiles(256))
+        lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(256))
     wide = {kernel.name for kernel in kernels if kernel.constants.get("WIDE")}
     assert wide == {"shrink_kernel", "expand_kernel"}
     check(kernels, most_stack=0)

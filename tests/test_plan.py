@@ -140,12 +140,25 @@ def test_tiles_of_large_batches_stand_in_the_order_of_their_slots(planned):
     assert (np.diff(tile_slots[tile_slots >= 0]) >= 0).all()
 
 
-def test_small_steps_of_few_adapters_have_wide_tiles(planned):
-    plan, slots = planned
-    tile_slots = [section(plan, f"tile_slots_{rows}") for rows in TILE_ROWS]
-    small, large = (int((slots_of >= 0).sum()) for slots_of in tile_slots)
-    wide = 0 < 3 * large <= small and slots.size <= SMALL_BATCH
-    assert section(plan, "wide_tiles") == (int((tile_slots[1] != NO_TILE).sum()) if wide else 0)
+@pytest.mark.parametrize(
+    ("slots", "wide"),
+    [
+        ([3] * 129, 3),
+        ([3] * 64, 0),  # one would leave most of a GPU idle
+        ([3] * 80, 0),  # two of 64 rows for five of 16
+        ([3] * 81, 2),
+        ([3, 0] * 60 + [-1] * 65, 4),  # those without adapter count as tiles
+        (list(range(9)) * 16, 0),
+        ([-1] * 200, 0),
+        ([3] * SMALL_BATCH, 8),
+        ([3] * (SMALL_BATCH + 1), 0),
+    ],
+)
+def test_small_steps_of_few_adapters_have_wide_tiles(loops, slots, wide):
+    plan = LoraPlan(SMALL_BATCH + 1, 9, "cpu")
+    plan.update([5] * 400)
+    plan.update(slots)
+    assert section(plan, "wide_tiles") == [wide]
 
 
 def test_small_batches_have_small_tiles():

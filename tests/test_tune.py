@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from lora_ops import tune
+from lora_ops.config import reads_whole
 from lora_ops.tuning import decide, measure, worker
 from lora_ops.tuning.candidates import COUNT, batch_class, expand_candidates, shrink_candidates
 from lora_ops.tuning.decide import Case, Swept, Verified
@@ -142,7 +143,8 @@ def test_candidates_are_few_valid_and_begin_with_the_default(model):
             shrinks = shrink_candidates(layer, rank, rows)
             expands = expand_candidates(layer, rank, rows)
             assert shrinks[0] == lora.shrink_default(layer.k, len(layer.widths), rank, rows)
-            assert expands[0] == lora.expand_default(layer.widths, rank, rows)
+            whole = reads_whole(layer.k, layer.widths, rank, rows)
+            assert expands[0] == lora.expand_default(layer.widths, rank, rows, whole)
             for found, kind in ((shrinks, ShrinkConfig), (expands, ExpandConfig)):
                 assert 4 <= len(found) <= COUNT
                 assert len(set(found)) == len(found)
@@ -156,10 +158,13 @@ def test_a_small_gpu_gets_small_candidates():
         assert all(files.shared_bytes(config) <= most for config in found[1:])
 
 
-def test_every_candidate_is_compiled_once_for_each_class_of_batches():
-    unit = worker.Unit(Layer(4096, (4096, 1024, 1024)), 16, store.BUCKETS)
+@pytest.mark.parametrize(("rank", "classes"), [(16, 4), (128, 5)])  # qkv of rank 128 is summed from 256 rows on
+def test_every_candidate_is_compiled_once_for_each_class_of_batches(rank, classes):
+    layer = Layer(4096, (4096, 1024, 1024))
+    unit = worker.Unit(layer, rank, store.BUCKETS)
+    assert len({batch_class(layer, rank, rows) for rows in store.BUCKETS}) == classes
     compiled = [
-        (batch_class(rows), half, pair[half])
+        (batch_class(layer, rank, rows), half, pair[half])
         for rows, pairs in worker.compile_jobs(unit)
         for pair in pairs
         for half in (0, 1)
@@ -167,7 +172,7 @@ def test_every_candidate_is_compiled_once_for_each_class_of_batches():
     ]
     assert len(compiled) == len(set(compiled))
     wanted = {
-        (batch_class(rows), half, config)
+        (batch_class(layer, rank, rows), half, config)
         for rows in store.BUCKETS
         for half, found in enumerate(worker.candidates(unit, rows, files.MAX_SHARED_BYTES))
         for config in found
@@ -181,6 +186,17 @@ def test_token_slots():
         assert slots.shape == (tokens,)
         assert set(slots) == set(range(measure.num_adapters(tokens, loras)))
         assert tokens < 1024 or (slots[1:] >= slots[:-1]).all()
+
+
+def test_decode_batches_are_measured_with_all_adapters_and_with_one():
+    for tokens in (1, 16, 1024, 8192):
+        (slots,) = measure.mixes(tokens, 8)
+        assert (slots == measure.token_slots(tokens, 8)).all()
+    for tokens in (17, 64, 512):
+        slots, one = measure.mixes(tokens, 8)
+        assert (slots == measure.token_slots(tokens, 8)).all()
+        assert one.shape == slots.shape
+        assert set(one) == {0}
 
 
 class FakeBatch:
@@ -309,6 +325,16 @@ def test_what_is_kept_is_never_slower_and_always_gains():
                     assert entry["us"] == entry["default_us"]
 
 
+def test_an_entry_of_layers_whose_defaults_differ_asks_for_that_of_the_day():
+    """o reads planes, down complete sums, for which there are wide tiles."""
+    o, down = (Case(Layer(k, (4096,)), 128, 256) for k in (4096, 14336))
+    found = dict.fromkeys((o, down), verified(10, 10, 10, 10))
+    file, rank, rows = o.keys[1]
+    assert decide.entries(found, {}, set())[file][rank, rows]["config"] is None
+    alone = decide.entries({o: found[o]}, {}, set())[file][rank, rows]["config"]
+    assert alone == asdict(lora.expand_default((4096,), 128, 256, False))
+
+
 def test_the_merge_takes_what_saves_most():
     o, down = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(14336, (4096,)), 16, 64)
     little, much = {"block_n": 16}, {"block_n": 32}
@@ -362,7 +388,7 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     store.forget()
     cuda = torch.device("cuda", 0)
     assert lora.shrink_config(4096, 3, 16, 60, torch.bfloat16, cuda) == ShrinkConfig(16, 64, 1, 2)
-    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda) == ExpandConfig(32, 16, 8, 2, 4)
+    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda, False) == ExpandConfig(32, 16, 8, 2, 4)
     path = tmp_path / "NVIDIA_H200" / files.shrink_file(4096, 3)
     command = files.read(path, ShrinkConfig, store.BUCKETS).metadata["command"]
     assert "4096:4096,1024,1024" in command

@@ -34,13 +34,14 @@ def expand_rows(
     slot,
     rows,  # [BLOCK_M]
     live,  # [BLOCK_M]
-    lora_slice,
-    first_column,  # of the slice in y
     column,  # of the slice, where the run begins
+    lora_slice,
     width,  # of the slice
+    first_column,  # of the slice in y
     h_ptr,
-    b_ptr,  # of the slice and slot
+    b_ptr,  # of the slice
     y_ptr,
+    slot_stride,  # of b
     num_rows,
     y_stride,
     RANK: tl.constexpr,
@@ -49,74 +50,60 @@ def expand_rows(
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
+    ZERO_OTHERS: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y[rows, a run of STEPS blocks of columns of one slice] of a slot."""
+    """y[rows, a run of STEPS blocks of columns of one slice]. y is the first summand of the product, so that the
+    compiler fetches it ahead as it does B."""
     EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
     BLOCK_M: tl.constexpr = rows.shape[0]
     ranks = tl.arange(0, BLOCK_R)
     columns = column + tl.arange(0, BLOCK_N)
     y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
-    b_ptr += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
-    if STEPS == 1:
-        # B and y were complete when the shrink started: they are on their way while it still runs
-        b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-        y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if ADD_INPUTS:
-            acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
-    h = h.to(b_ptr.dtype.element_ty)
-    for _step in range(STEPS):
-        if STEPS > 1:
-            b = load_b(b_ptr, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+    if slot < 0:
+        if PDL:  # the next kernel relies on all before this one
+            tl.extra.cuda.gdc_wait()
+        if ZERO_OTHERS:
+            if slot == -1:
+                zeros = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+                for step in range(STEPS):
+                    y_mask = live[:, None] & (columns + step * BLOCK_N < width)[None, :]
+                    tl.store(y + step * BLOCK_N, zeros, mask=y_mask)
+    else:
+        b_block = b_ptr + slot.to(tl.int64) * slot_stride
+        b_block += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+        if STEPS == 1:
+            # B and y were complete when the shrink started: they are on their way while it still runs
+            b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N)
             y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             if ADD_INPUTS:
                 acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
-        acc = tl.dot(h, b, acc, input_precision="ieee")
-        for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
-            more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
-            b = load_b(b_ptr + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
-            acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
-        tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
-        b_ptr += BLOCK_N * B_ROW_STRIDE
-        y += BLOCK_N
-        columns += BLOCK_N
-
-
-@triton.jit
-def skip_rows(
-    slot,  # negative
-    rows,  # [BLOCK_M]
-    live,  # [BLOCK_M]
-    first_column,
-    column,
-    width,
-    y_ptr,
-    y_stride,
-    ZERO_OTHERS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The run's columns of rows without adapter: zero with ZERO_OTHERS, else as they are."""
-    if PDL:  # the next kernel relies on all before this one
-        tl.extra.cuda.gdc_wait()
-    if ZERO_OTHERS:
-        if slot == -1:
-            columns = column + tl.arange(0, BLOCK_N)
-            y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]
-            zeros = tl.zeros((rows.shape[0], BLOCK_N), y_ptr.dtype.element_ty)
-            for step in range(STEPS):
-                tl.store(y + step * BLOCK_N, zeros, mask=live[:, None] & (columns + step * BLOCK_N < width)[None, :])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+        h = h.to(b_ptr.dtype.element_ty)
+        for _step in range(STEPS):
+            if STEPS > 1:
+                b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N)
+                y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                if ADD_INPUTS:
+                    acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+            acc = tl.dot(h, b, acc, input_precision="ieee")
+            for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
+                more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+                b = load_b(b_block + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
+                acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
+            tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+            b_block += BLOCK_N * B_ROW_STRIDE
+            y += BLOCK_N
+            columns += BLOCK_N
 
 
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
@@ -159,9 +146,8 @@ def expand_kernel(
 ):
     """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
-    A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. y is the first summand of the
-    product, so that the compiler fetches it ahead as it does B. With WIDE, tiles are the wide ones in a step that has
-    them.
+    A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. With WIDE, tiles are the wide
+    ones in a step that has them.
     """
     RUN: tl.constexpr = STEPS * BLOCK_N
     RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
@@ -195,6 +181,7 @@ def expand_kernel(
         first_column = tl.where(in_2, OFFSET + N0 + N1, first_column)
     column = (run - first_run) * RUN
     b_ptr = select_slice(lora_slice, b0_ptr, b1_ptr, b2_ptr, SLICES)
+    operands = (lora_slice, width, first_column, h_ptr, b_ptr, y_ptr, slot_stride, num_rows, y_stride)
     if WIDE > 0:
         wide_tiles = tl.load(wide_ptr)
         if wide_tiles > 0:
@@ -202,73 +189,42 @@ def expand_kernel(
                 slot, more_rows, all_live = load_tile(
                     tile, wide_slots_ptr, wide_rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, WIDE
                 )
-                if slot < 0:
-                    skip_rows(
+                for half in tl.static_range(2):  # of the columns, or the sums would take twice the registers
+                    expand_rows(
                         slot,
                         more_rows,
                         all_live,
-                        first_column,
-                        column,
-                        width,
-                        y_ptr,
-                        y_stride,
+                        column + half * (RUN // 2),
+                        *operands,
+                        RANK,
+                        SLICES,
+                        B_ROW_STRIDE,
+                        PLANES,
+                        GROUP,
+                        ADD_INPUTS,
                         ZERO_OTHERS,
-                        BLOCK_N,
+                        EVEN_N,
+                        BLOCK_N // 2,
+                        BLOCK_R,
                         STEPS,
                         PDL,
                     )
-                else:
-                    for half in tl.static_range(2):  # or the sums would take twice the registers
-                        expand_rows(
-                            slot,
-                            more_rows,
-                            all_live,
-                            lora_slice,
-                            first_column,
-                            column + half * (RUN // 2),
-                            width,
-                            h_ptr,
-                            b_ptr + slot.to(tl.int64) * slot_stride,
-                            y_ptr,
-                            num_rows,
-                            y_stride,
-                            RANK,
-                            SLICES,
-                            B_ROW_STRIDE,
-                            PLANES,
-                            GROUP,
-                            ADD_INPUTS,
-                            EVEN_N,
-                            BLOCK_N // 2,
-                            BLOCK_R,
-                            STEPS,
-                            PDL,
-                        )
             elif PDL:
                 tl.extra.cuda.gdc_wait()
             return
-    if slot < 0:
-        skip_rows(slot, rows, live, first_column, column, width, y_ptr, y_stride, ZERO_OTHERS, BLOCK_N, STEPS, PDL)
-        return
     expand_rows(
         slot,
         rows,
         live,
-        lora_slice,
-        first_column,
         column,
-        width,
-        h_ptr,
-        b_ptr + slot.to(tl.int64) * slot_stride,
-        y_ptr,
-        num_rows,
-        y_stride,
+        *operands,
         RANK,
         SLICES,
         B_ROW_STRIDE,
         PLANES,
         GROUP,
         ADD_INPUTS,
+        ZERO_OTHERS,
         EVEN_N,
         BLOCK_N,
         BLOCK_R,

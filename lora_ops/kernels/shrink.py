@@ -228,7 +228,7 @@ def shrink_kernel(
                     GROUP,
                     PLANES,
                     BLOCK_N,
-                    BLOCK_K // 2,  # no more shared memory than below
+                    BLOCK_K // 2,  # for no more shared memory than below
                     STAGES - 1,
                     PDL,
                 )
@@ -309,7 +309,7 @@ def sum_h(
 @triton.jit(do_not_specialize=["tiles_per_segment", "num_rows"])
 def sum_planes_kernel(
     planes_ptr,  # fp32 [C, S, M, R]
-    out_ptr,  # fp32 [S, M, R]
+    out_ptr,  # [S, M, R], fp32 or what expand rounds to
     slots_ptr,
     rows_ptr,
     lengths_ptr,
@@ -393,6 +393,7 @@ def shrink(
     k = x.shape[1]
     weight = lora_a[0]
     grid = (tiles.count * planes * cdiv(slices * rank, config.block_n),)
+    divisible = config.block_k >= 32 and config.num_stages > 1  # wide tiles take half the step, and one stage less
     launch = prepared(
         shrink_kernel,
         K=k,
@@ -404,7 +405,7 @@ def shrink(
         GROUP=group_chunks(k, rank),
         PLANES=planes,
         TILES=tiles.mode,
-        WIDE=tiles.held_wide(rank, weight.dtype, config.num_warps) if config.block_k >= 32 else 0,
+        WIDE=tiles.held_wide(rank, weight.dtype, config.num_warps) if divisible else 0,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
         BLOCK_K=min(config.block_k, chunk_k(k)),  # a step stays in its chunk

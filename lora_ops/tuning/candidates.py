@@ -7,10 +7,10 @@ has is left out.
 from __future__ import annotations
 
 from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
-from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
-from ops_configs.store import padded
+from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
+from ops_configs.store import SMALL_BATCH, padded
 
-from ..config import CHUNKS_BATCH, PLANES_BATCH
+from ..config import CHUNKS_BATCH, PLANES_BATCH, reads_whole
 from .layers import Layer
 
 # (block_n, block_k, num_warps, num_stages)
@@ -75,11 +75,10 @@ def _is_small(rows: int) -> bool:
     return tile_rows_for(rows) == tile_rows_for(1)
 
 
-def batch_class(rows: int) -> int:
-    """The number of rows that stands for all batches whose kernels are compiled alike."""
-    if _is_small(rows):
-        return 1 if rows <= TILE_ROWS[0] else TILE_ROWS[0] + 1
-    return next((most for most in (CHUNKS_BATCH, PLANES_BATCH) if rows <= most), PLANES_BATCH + 1)
+def batch_class(layer: Layer, rank: int, rows: int) -> tuple[int, bool]:
+    """The same for all batches of a layer whose kernels are compiled alike: by rows of a tile, planes and their sum."""
+    most = next((most for most in (SMALL_BATCH, CHUNKS_BATCH, PLANES_BATCH) if rows <= most), PLANES_BATCH + 1)
+    return most, reads_whole(layer.k, layer.widths, rank, rows)
 
 
 def _fitting(default, configs: list, most_shared: int) -> list:
@@ -97,7 +96,7 @@ def shrink_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX
 
 def expand_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX_SHARED_BYTES) -> list[ExpandConfig]:
     """Configs to measure for the expand of `rows` rows; the analytic default comes first."""
-    default = expand_default(layer.widths, rank, rows)
+    default = expand_default(layer.widths, rank, rows, reads_whole(layer.k, layer.widths, rank, rows))
     small = _is_small(rows)
     widest, block_r = padded(max(layer.widths)), min(padded(rank), 64 if small else 128)
     found = SMALL_EXPANDS if small else LARGE_EXPANDS

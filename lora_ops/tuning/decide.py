@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from ops_configs.files import expand_file, shrink_file
 from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
 
+from ..config import reads_whole
 from .layers import Layer
 
 MARGIN = 0.03
@@ -102,14 +103,23 @@ def kept(verified: dict[Case, Verified], tuned: Iterable[Key]) -> set[Key]:
 
 
 def _default(case: Case, half: int) -> ShrinkConfig | ExpandConfig:
+    layer = case.layer
     if half == 0:
-        return shrink_default(case.layer.k, len(case.layer.widths), case.rank, case.tokens)
-    return expand_default(case.layer.widths, case.rank, case.tokens)
+        return shrink_default(layer.k, len(layer.widths), case.rank, case.tokens)
+    whole = reads_whole(layer.k, layer.widths, case.rank, case.tokens)
+    return expand_default(layer.widths, case.rank, case.tokens, whole)
 
 
 def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key]) -> dict[str, dict]:
-    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured."""
+    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured.
+
+    The latter is None, which asks for the default of the day, where it is not the same for all layers of the entry.
+    """
     found = gains(verified, on)
+    defaults: dict[Key, set[ShrinkConfig | ExpandConfig]] = {}
+    for case in verified:
+        for i, key in enumerate(case.keys):
+            defaults.setdefault(key, set()).add(_default(case, i))
     written: dict[str, dict[tuple[int, int], dict]] = {}
     for case, result in sorted(verified.items(), key=lambda item: item[0]):
         halves = tuple(key in on for key in case.keys)
@@ -119,7 +129,9 @@ def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Ke
                 continue
             us = result.time(*halves)
             without = result.time(halves[0] and i != 0, halves[1] and i != 1)
-            config = tuned[key] if key in on else asdict(_default(case, i))
+            config = tuned[key] if key in on else None
+            if config is None and len(defaults[key]) == 1:
+                config = asdict(*defaults[key])
             entry = {"config": config, "us": round(us, 2), "default_us": round(without, 2)}
             written.setdefault(name, {}).setdefault((rank, rows), entry | {"layer": str(case.layer)})
     return written

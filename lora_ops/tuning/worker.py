@@ -63,15 +63,16 @@ def candidates(unit: Unit, tokens: int, shared: int) -> tuple[list[ShrinkConfig]
 
 def compile_jobs(unit: Unit, shared: int = MAX_SHARED_BYTES) -> Iterator[tuple[int, list[Pair]]]:
     """(rows, pairs) to compile for a unit: each kernel once for all batches that share it."""
-    for rows, group in itertools.groupby(unit.tokens, batch_class):
+    for _, group in itertools.groupby(unit.tokens, lambda tokens: batch_class(unit.layer, unit.rank, tokens)):
+        batches = list(group)
         shrinks: dict[ShrinkConfig, None] = {}
         expands: dict[ExpandConfig, None] = {}
-        for tokens in group:
+        for tokens in batches:
             for found, configs in zip((shrinks, expands), candidates(unit, tokens, shared), strict=True):
                 found.update(dict.fromkeys(configs))
         pairs = list(itertools.zip_longest(shrinks, expands))
         for first in range(0, len(pairs), CHUNK):
-            yield rows, pairs[first : first + CHUNK]
+            yield batches[0], pairs[first : first + CHUNK]
 
 
 def _jobs(unit: Unit, settings: Settings, shared: int) -> Iterator[tuple]:

@@ -1,0 +1,58 @@
+"""Into how many planes the sum over K is split, and who adds them up."""
+
+import random
+
+import pytest
+
+from lora_ops.config import PLANES_BATCH, num_planes, planes_of_group, reads_whole, sums_planes
+from ops_configs import lora, store
+
+QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
+
+
+def sums(k: int, widths: tuple[int, ...], rank: int, rows: int) -> bool:
+    planes = num_planes(k, rank, rows)
+    return sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, rows)
+
+
+@pytest.mark.parametrize(
+    ("k", "widths", "rank", "summed_from"),
+    [
+        (25600, (5120,), 64, 1),  # 25 planes
+        (25600, (5120,), 32, None),  # which make no groups
+        (14336, (4096,), 64, None),
+        (14336, (4096,), 128, 17),  # 14 planes in each of two products
+        (4096, (4096,), 128, None),
+        (4096, GATE_UP, 32, None),
+        (4096, GATE_UP, 64, 33),
+        (4096, GATE_UP, 128, 33),
+        (4096, QKV, 64, None),
+        (4096, QKV, 128, 129),  # fewer rows make few programs
+    ],
+)
+def test_planes_are_added_up_once_where_programs_would_add_up_many(k, widths, rank, summed_from):
+    for rows in range(1, store.SMALL_BATCH + 1):
+        assert sums(k, widths, rank, rows) == (summed_from is not None and rows >= summed_from), rows
+
+
+def test_of_large_batches_the_layers_with_the_most_columns_are_summed():
+    assert [sums(4096, GATE_UP, rank, 1024) for rank in (32, 64, 128)] == [False, False, True]
+    assert not sums(4096, QKV, 128, 1024)
+    assert not sums(4096, GATE_UP, 128, PLANES_BATCH + 1), "one plane"
+
+
+def test_batches_of_a_bucket_do_what_was_compiled_for_it():
+    for _ in range(300):
+        k, rank = random.choice([512, 4096, 8192, 14336, 25600]), random.choice([8, 16, 64, 96, 128, 256])
+        widths = random.choice([(4096,), QKV, GATE_UP, (7168, 7168), (25600, 25600)])
+        rows = random.randint(1, 9000)
+        bucket = store.row_bucket(rows)
+        assert num_planes(k, rank, rows) == num_planes(k, rank, bucket)
+        assert reads_whole(k, widths, rank, rows) == reads_whole(k, widths, rank, bucket)
+
+
+@pytest.mark.parametrize(("widths", "rank", "rows"), [(GATE_UP, 64, 64), (QKV, 128, 256), ((4096,), 128, 64)])
+def test_an_expand_of_complete_sums_has_the_warps_for_wide_tiles(widths, rank, rows):
+    assert lora.expand_default(widths, rank, rows, True).num_warps == 4
+    assert lora.expand_default(widths, rank, rows, False).num_warps < 4
+    assert lora.expand_default(widths, rank, 16, True) == lora.expand_default(widths, rank, 16, False)
