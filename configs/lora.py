@@ -27,7 +27,8 @@ from .store import (
 )
 
 TILE_ROWS = (16, 64)
-"""Rows of a tile: of batches of up to SMALL_BATCH rows, and of larger ones."""
+"""Rows of a tile: of batches of up to SMALL_BATCH rows, and of larger ones. The former may take wide tiles instead, of
+as many rows as the latter: see lora_ops/plan.py."""
 
 
 def tile_rows_for(num_rows: int) -> int:
@@ -40,7 +41,8 @@ class ShrinkConfig:
     """Launch parameters of the shrink.
 
     block_n: columns of a program, of the S * R columns of all slices; block_k: elements of K a step; num_warps,
-    num_stages: as Triton takes them.
+    num_stages: as Triton takes them. With four warps or more, kernels of 65 to SMALL_BATCH rows and ranks above 32 hold
+    wide tiles, too, with half of block_k and one stage less.
     """
 
     block_n: int
@@ -54,7 +56,8 @@ class ExpandConfig:
     """Launch parameters of the expand.
 
     block_n: output features of a step; block_r: ranks of a product; num_warps, num_stages: as Triton takes them;
-    steps: steps of a program, one after another.
+    steps: steps of a program, one after another. With four warps or more, kernels of 65 to SMALL_BATCH rows and ranks
+    above 32 that read complete sums hold wide tiles, too, with half of block_n twice.
     """
 
     block_n: int
@@ -76,7 +79,7 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
-    if TILE_ROWS[0] < num_rows <= SMALL_BATCH and ranks > 64 and k // 1024 * (slices * ranks // 32) >= 45:
+    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 64 and k // 1024 * (slices * ranks // 32) >= 45:
         # four warps also hold wide tiles, of which four then make programs enough
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
@@ -112,7 +115,9 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, whole: boo
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
         elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
             block_n = 256 if len(widths) == 1 else 128
-            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)  # holds wide tiles
+            config = ExpandConfig(
+                min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1
+            )  # also for wide tiles
         elif wide and num_rows > 4 and ranks <= 64:
             config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:

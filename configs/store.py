@@ -27,7 +27,8 @@ CONFIG_DIR = "LORA_OPS_CONFIG_DIR"
 SHIPPED = Path(__file__).resolve().parent
 
 SMALL_BATCH = 512
-"""Batches of up to this many rows run tiles of 16 rows, larger ones tiles of 64; a config is for one of the two."""
+"""Batches of up to this many rows run small tiles (LoRA: of 16 rows, or wide ones of 64 where few adapters have many
+rows), larger ones large tiles; a config is for one of the two."""
 BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 

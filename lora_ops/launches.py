@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ops_configs.lora import TILE_ROWS, expand_config, shrink_config, tile_rows_for
-from ops_configs.store import register_kernels
+from ops_configs.store import register_kernels, row_bucket
 from ops_patches.library import INTERPRET
 from ops_patches.replay import recording_to
 
@@ -36,7 +36,7 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, n
     tile_rows = layout.section(arena, f"tile_rows_{rows}")
     count = min(tile_count_bound(max(num_rows, num_tokens), layout_args[1], rows), tile_slots.numel())
     wide = None
-    if rows == TILE_ROWS[0]:
+    if rows == TILE_ROWS[0] and row_bucket(num_rows) > TILE_ROWS[1]:  # fewer rows fill no two of them
         wide = tuple(layout.section(arena, name) for name in ("wide_tiles", "tile_slots_64", "tile_rows_64"))
     return Tiles(PLAN_TILES.value, count, rows, num_rows, (tile_slots, tile_rows, tile_rows), wide=wide)
 
@@ -61,7 +61,7 @@ def segment_tiles(seq_starts, seq_lengths, slot_indices, batches: int, max_seq_l
 
 
 def run_shrink(x, lora_a, out, scale: float, tiles, **options) -> None:
-    """Complete sums into out, fp32 [S, M, R]; options as `kernels.shrink.shrink` takes them."""
+    """Complete sums into out [S, M, R], fp32 or as expand rounds; options as `kernels.shrink.shrink` takes them."""
     from .kernels.shrink import sum_planes
 
     k, rank = x.shape[1], lora_a[0].shape[1]

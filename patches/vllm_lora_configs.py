@@ -186,7 +186,7 @@ class Calls:
         host.tables._LORA_A_PTR_DICT.clear()  # keyed by addresses, which come back
         host.tables._LORA_B_PTR_DICT.clear()
         meta = host.meta.make(batch.adapters, batch.tokens, bench.device)
-        meta.prepare_tensors(batch.plan.token_slots)
+        meta.prepare_tensors(batch.plans[0].token_slots)  # of all adapters
         self.meta = meta.meta_args(batch.tokens, specialize_active_lora=False)
         shape = (len(bench.layer.widths), batch.tokens, bench.rank)
         self.hidden = torch.zeros(shape, dtype=torch.float32, device=bench.device)

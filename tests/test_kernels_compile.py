@@ -246,9 +246,17 @@ def test_lora_holds_wide_tiles_without_spilling(compiler, layer):
     y, x, a, b, _ = lora_layer(layer, 128, 256)
     with compiler.kernels() as kernels:
         lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(256))
-    wide = {kernel.name for kernel in kernels if kernel.constants.get("WIDE")}
-    assert wide == {"shrink_kernel", "expand_kernel"}
+    wide = {kernel.name: kernel.ptx.count("griddepcontrol.wait") for kernel in kernels if kernel.constants.get("WIDE")}
+    assert wide == {"shrink_kernel": 3, "expand_kernel": 5}, "each way through a kernel waits for the one before it"
     check(kernels, most_stack=0)
+
+
+def test_lora_of_few_rows_holds_no_wide_tiles(compiler):
+    y, x, a, b, _ = lora_layer("gate_up", 128, 64)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(64))
+    assert {kernel.name for kernel in kernels} == {"shrink_kernel", "sum_planes_kernel", "expand_kernel"}
+    assert not any(kernel.constants.get("WIDE") for kernel in kernels)
 
 
 @pytest.mark.parametrize("rank", [16, 64])

@@ -158,7 +158,7 @@ def test_a_small_gpu_gets_small_candidates():
         assert all(files.shared_bytes(config) <= most for config in found[1:])
 
 
-@pytest.mark.parametrize(("rank", "classes"), [(16, 4), (128, 5)])  # qkv of rank 128 is summed from 256 rows on
+@pytest.mark.parametrize(("rank", "classes"), [(16, 5), (128, 6)])  # qkv of rank 128 is summed from 256 rows on
 def test_every_candidate_is_compiled_once_for_each_class_of_batches(rank, classes):
     layer = Layer(4096, (4096, 1024, 1024))
     unit = worker.Unit(layer, rank, store.BUCKETS)
@@ -189,10 +189,10 @@ def test_token_slots():
 
 
 def test_decode_batches_are_measured_with_all_adapters_and_with_one():
-    for tokens in (1, 16, 1024, 8192):
+    for tokens in (1, 64, 1024, 8192):
         (slots,) = measure.mixes(tokens, 8)
         assert (slots == measure.token_slots(tokens, 8)).all()
-    for tokens in (17, 64, 512):
+    for tokens in (65, 512):
         slots, one = measure.mixes(tokens, 8)
         assert (slots == measure.token_slots(tokens, 8)).all()
         assert one.shape == slots.shape
@@ -720,6 +720,19 @@ def test_vllms_kernels_are_tuned_after_a_death_in_the_pool(monkeypatch, tmp_path
     vllm_lora_configs.write(tmp_path, sizes, 0, 1, tune.Console())
     (shrink,) = tmp_path.glob("*_SHRINK.json")
     assert vllm_lora_configs.read_file(shrink)["5"]["1"]["64"] == {"64": {"16": {"best": 1}}}
+
+
+def test_vllms_kernels_run_batches_of_all_adapters(monkeypatch):
+    """What their metadata is made of, on a batch of ours."""
+    prepared = []
+    meta = SimpleNamespace(prepare_tensors=prepared.append, meta_args=lambda tokens, specialize_active_lora: ())
+    tables = SimpleNamespace(_LORA_A_PTR_DICT={}, _LORA_B_PTR_DICT={})
+    host = SimpleNamespace(tables=tables, meta=SimpleNamespace(make=lambda *sizes: meta))
+    monkeypatch.setattr(vllm_lora_configs, "kernels", lambda: host)
+    bench = measure.Bench(Layer(64, (64,)), 8, 5, torch.float16, torch.device("cpu"), 0, cold_bytes=0, clock=False)
+    vllm_lora_configs.Calls(bench.batch(70))
+    (slots,) = prepared
+    assert (slots.numpy() == measure.token_slots(70, 5)).all()
 
 
 def test_vllms_files_keep_what_other_runs_wrote(tmp_path):

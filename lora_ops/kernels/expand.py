@@ -2,7 +2,8 @@
 
 tile of rows with one slot -> sum of the planes of h -> one block of columns of one slice
 
-Shapes: h fp32 [C, S, M, R] (C planes that are added up, see shrink.py), B_s [L, N_s, R], y [M, >= offset + sum N_s].
+Shapes: h [C, S, M, R] (C planes that are added up, fp32, see shrink.py, or their sum), B_s [L, N_s, R],
+y [M, >= offset + sum N_s].
 The sum is rounded to the dtype of B before the product, which accumulates in fp32; y is added before the one rounding.
 
 Source: bgmv/sgmv of Punica (Chen et al. 2023, arXiv:2310.18547); programmatic dependent launch: CUDA programming guide.

@@ -228,7 +228,7 @@ def shrink_kernel(
                     GROUP,
                     PLANES,
                     BLOCK_N,
-                    BLOCK_K // 2,  # for no more shared memory than below
+                    BLOCK_K // 2,  # for little more shared memory than below, if any
                     STAGES - 1,
                     PDL,
                 )

@@ -7,7 +7,7 @@ has is left out.
 from __future__ import annotations
 
 from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
-from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
+from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
 from ops_configs.store import SMALL_BATCH, padded
 
 from ..config import CHUNKS_BATCH, PLANES_BATCH, reads_whole
@@ -76,8 +76,9 @@ def _is_small(rows: int) -> bool:
 
 
 def batch_class(layer: Layer, rank: int, rows: int) -> tuple[int, bool]:
-    """The same for all batches of a layer whose kernels are compiled alike: by rows of a tile, planes and their sum."""
-    most = next((most for most in (SMALL_BATCH, CHUNKS_BATCH, PLANES_BATCH) if rows <= most), PLANES_BATCH + 1)
+    """The same for all batches of a layer whose kernels are compiled alike: by tiles, planes and their sum."""
+    limits = (TILE_ROWS[1], SMALL_BATCH, CHUNKS_BATCH, PLANES_BATCH)
+    most = next((most for most in limits if rows <= most), PLANES_BATCH + 1)
     return most, reads_whole(layer.k, layer.widths, rank, rows)
 
 
