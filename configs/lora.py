@@ -115,9 +115,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, whole: boo
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
         elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
             block_n = 256 if len(widths) == 1 else 128
-            config = ExpandConfig(
-                min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1
-            )  # also for wide tiles
+            # four warps also hold wide tiles
+            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
         elif wide and num_rows > 4 and ranks <= 64:
             config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:

@@ -192,17 +192,13 @@ class Calls:
         self.hidden = torch.zeros(shape, dtype=torch.float32, device=bench.device)
         self.batch = batch
 
-    def weights(self, i: int, stacked: list) -> list:
-        first = i % self.batch.copies * self.batch.adapters
-        return [weight[first : first + self.batch.adapters] for weight in stacked]
-
     def run(self, op: str, config: Config, i: int) -> None:
         with using(op, config):
             if op == "shrink":
-                a = self.weights(i, self.batch.bench.a)
+                a = self.batch.weights(i, self.batch.bench.a)
                 kernels().shrink.lora_shrink(self.batch.x, a, self.hidden, *self.meta, 1.0)
             else:
-                b = self.weights(i, self.batch.bench.b)
+                b = self.batch.weights(i, self.batch.bench.b)
                 kernels().expand.lora_expand(self.hidden, b, self.batch.y, *self.meta, offset_start=0, add_inputs=True)
 
 

@@ -119,9 +119,13 @@ class Batch:
         self.max_calls = MAX_CALLS if rotation >= COLD_BYTES else self.copies
         self.calls = 2  # always an even number
 
-    def run(self, i: int, y: torch.Tensor | None = None) -> None:
+    def weights(self, i: int, stacked: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of call i among the bench's, of all slices."""
         first = i % self.copies * self.adapters
-        a, b = ([w[first : first + self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
+        return [weight[first : first + self.adapters] for weight in stacked]
+
+    def run(self, i: int, y: torch.Tensor | None = None) -> None:
+        a, b = self.weights(i, self.bench.a), self.weights(i, self.bench.b)
         lora_linear(self.y if y is None else y, self.x, a, b, self.plans[i % len(self.plans)])
 
     def error(self, pair: Pair) -> float:
@@ -133,8 +137,7 @@ class Batch:
         out, expected = base.clone(), base.float()
         with pinned(self.tokens, *pair):
             self.run(i, out)
-        first = i % self.copies * self.adapters
-        a, b = ([w[first : first + self.adapters] for w in weights] for weights in (self.bench.a, self.bench.b))
+        a, b = self.weights(i, self.bench.a), self.weights(i, self.bench.b)
         reference.lora_linear(expected, self.x, a, b, self.plans[i])
         return float(((out.float() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
