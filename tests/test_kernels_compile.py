@@ -241,6 +241,17 @@ def test_lora_of_wide_layers(compiler, rank, rows, summed):
     check_linear(compiler, "gate_up", rank, rows, names)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40, 1000])
+@pytest.mark.parametrize("rank", [5, 64])
+def test_lora_of_rows_that_begin_anywhere_does_not_spill(compiler, rank, rows):
+    """Their elements are fetched one by one; what CUDA 13.0's ptxas made of such a kernel that spills was wrong."""
+    x = empty(rows, 2057)[:, :2049]
+    a, b = [empty(SLOTS, rank, 2049)], [empty(SLOTS, 33, rank)]
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_linear(empty(rows, 33), x, a, b, 0.5, 0, True, plan_tiles(rows))
+    check([kernel for kernel in kernels if kernel.name == "shrink_kernel"], most_stack=0)
+
+
 @pytest.mark.parametrize("layer", ["qkv", "down"])
 def test_lora_holds_wide_tiles_without_spilling(compiler, layer):
     y, x, a, b, _ = lora_layer(layer, 128, 256)

@@ -19,12 +19,15 @@ import triton.language as tl
 
 from ops_configs.lora import ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
+from ops_patches.replay import ALIGNMENT
 
 from ..config import chunk_k, group_chunks
 from .tiles import WIDE_PROGRAMS, Tiles, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
+FETCHED = 64
+"""Bytes that a thread fetches a step at most, where it fetches each element by itself: `fetched_k`."""
 
 
 @triton.jit
@@ -367,6 +370,20 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
     launch((tiles.count * slices * cdiv(rank, block_r),), planes, out, *tiles.pointers, tiles.per_segment, num_rows)
 
 
+def fetched_k(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, config: ShrinkConfig) -> int:
+    """Elements of K a step; of rows that begin anywhere in memory fewer than the config says, if it says many.
+
+    Each element of those is a load of its own that waits in a register, not in shared memory. With more than there are,
+    the ptxas of CUDA 13.0, which Triton runs once torch.compile did, takes a wrong register for an address.
+    """
+    block_k = min(config.block_k, chunk_k(x.shape[1]))  # a step stays in its chunk
+    aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, *lora_a))
+    if aligned and all(stride % ALIGNMENT == 0 for stride in (x.stride(0), *lora_a[0].stride()[:2])):
+        return block_k
+    most = FETCHED // x.element_size() * 32 * config.num_warps // (rows + config.block_n)
+    return max(16, min(block_k, power_of_two(most + 1) // 2))  # a product's least K is 16
+
+
 def shrink(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
@@ -393,7 +410,8 @@ def shrink(
     k = x.shape[1]
     weight = lora_a[0]
     grid = (tiles.count * planes * cdiv(slices * rank, config.block_n),)
-    divisible = config.block_k >= 32 and config.num_stages > 1  # wide tiles take half the step, and one stage less
+    block_k = fetched_k(x, lora_a, tiles.rows, config)
+    divisible = block_k >= 32 and config.num_stages > 1  # wide tiles take half of it, and one stage less
     launch = prepared(
         shrink_kernel,
         K=k,
@@ -408,7 +426,7 @@ def shrink(
         WIDE=tiles.held_wide(rank, weight.dtype, config.num_warps) if divisible else 0,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
-        BLOCK_K=min(config.block_k, chunk_k(k)),  # a step stays in its chunk
+        BLOCK_K=block_k,
         STAGES=config.num_stages,
         PDL=pdl,
         num_warps=config.num_warps,
