@@ -42,7 +42,7 @@ class ShrinkConfig:
 
     block_n: columns of a program, of the S * R columns of all slices; block_k: elements of K a step; num_warps,
     num_stages: as Triton takes them. With four warps or more, kernels of 65 to SMALL_BATCH rows and ranks above 32 hold
-    wide tiles, too, with half of block_k and one stage less.
+    wide tiles, too, with a quarter of block_k and one stage more.
     """
 
     block_n: int
@@ -79,7 +79,8 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
-    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 64 and k // 1024 * (slices * ranks // 32) >= 45:
+    programs = k // 1024 * (slices * ranks // 32)  # of a tile
+    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 32 and programs >= (20 if slices == 1 else 45):
         # four warps also hold wide tiles, of which four then make programs enough
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:

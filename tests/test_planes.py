@@ -35,9 +35,12 @@ def test_planes_are_added_up_once_where_programs_would_add_up_many(k, widths, ra
         assert sums(k, widths, rank, rows) == (summed_from is not None and rows >= summed_from), rows
 
 
-def test_of_large_batches_the_layers_with_the_most_columns_are_summed():
+def test_of_large_batches_the_layers_with_the_most_columns_or_planes_are_summed():
     assert [sums(4096, GATE_UP, rank, 1024) for rank in (32, 64, 128)] == [False, False, True]
     assert not sums(4096, QKV, 128, 1024)
+    assert [sums(14336, (4096,), rank, 1024) for rank in (32, 64, 128)] == [False, True, True], "14 planes"
+    assert not sums(12288, (4096,), 64, 1024), "12 planes"
+    assert not sums(14336, (4096,), 64, 2048), "groups"
     assert not sums(4096, GATE_UP, 128, PLANES_BATCH + 1), "one plane"
 
 

@@ -231,8 +231,8 @@ def shrink_kernel(
                     GROUP,
                     PLANES,
                     BLOCK_N,
-                    BLOCK_K // 2,  # for little more shared memory than below, if any
-                    STAGES - 1,
+                    BLOCK_K // 4,  # and one stage more: the shared memory that the rows below take, or little more
+                    STAGES + 1,
                     PDL,
                 )
             elif PDL:
@@ -411,7 +411,7 @@ def shrink(
     weight = lora_a[0]
     grid = (tiles.count * planes * cdiv(slices * rank, config.block_n),)
     block_k = fetched_k(x, lora_a, tiles.rows, config)
-    divisible = block_k >= 32 and config.num_stages > 1  # wide tiles take half of it, and one stage less
+    divisible = block_k >= 64  # wide tiles take a quarter of it, which is a product's 16 at least
     launch = prepared(
         shrink_kernel,
         K=k,
