@@ -268,7 +268,7 @@ def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(
     used = []
     monkeypatch.setattr(measure, "lora_linear", lambda y, x, a, b, plan: used.append([w.data_ptr() for w in (*a, *b)]))
     for i in range(batch.copies):
-        batch.run(i)
+        batch.run(batch.y, batch.plans[0], i)
     for weights, weight in zip(zip(*used, strict=True), (*bench.a, *bench.b), strict=True):
         call_bytes = batch.adapters * weight.stride(0) * weight.itemsize
         assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(batch.copies)]
@@ -276,6 +276,29 @@ def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(
     assert 0 < batch.error((None, None)) < torch.finfo(torch.float16).eps
     bench.b[0][0] = float("nan")
     assert batch.error((None, None)) != batch.error((None, None))
+
+
+def test_each_mix_of_a_batch_counts_alike(monkeypatch):
+    class Clock:
+        """Two microseconds for each adapter of a call, and twice as much with any config but the default."""
+
+        def __init__(self, device):
+            pass
+
+        def capture(self, run, calls):
+            run(0)
+            assert calls == 1
+            us = 2.0 * plans[-1].num_active * (2 if lora._pinned[1] else 1)
+            return lambda: us
+
+    plans = []
+    monkeypatch.setattr(measure, "Clock", Clock)
+    monkeypatch.setattr(measure, "lora_linear", lambda y, x, a, b, plan: plans.append(plan))
+    bench = measure.Bench(Layer(48, (16,)), 8, 8, torch.float16, torch.device("cpu"), seed=3)
+    batch = bench.batch(128)
+    assert batch.time((None, None)) == pytest.approx((2 * 16) ** 0.5)
+    assert [plan.num_active for plan in plans] == [8, 1]
+    assert batch.compare([(None, None), (SHRINKS[0], None)]) == pytest.approx([32**0.5, 2 * 32**0.5])
 
 
 def verified(dd, td, dt, tt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -100,10 +101,7 @@ class Bench:
 
 
 class Batch:
-    """One number of tokens over the weights of a bench, each call on other adapters than the one before.
-
-    Calls take the mixes in turns.
-    """
+    """One number of tokens over the weights of a bench, each call on other adapters than the one before."""
 
     def __init__(self, bench: Bench, tokens: int) -> None:
         self.bench, self.tokens = bench, tokens
@@ -117,39 +115,43 @@ class Batch:
         self.copies = max(1, min(bench.slots // self.adapters, MAX_CALLS))
         rotation = self.copies * self.adapters * bench.adapter_bytes
         self.max_calls = MAX_CALLS if rotation >= COLD_BYTES else self.copies
-        self.calls = 2  # always an even number
+        self.calls = 1
 
     def weights(self, i: int, stacked: list[torch.Tensor]) -> list[torch.Tensor]:
         """Those of call i among the bench's, of all slices."""
         first = i % self.copies * self.adapters
         return [weight[first : first + self.adapters] for weight in stacked]
 
-    def run(self, i: int, y: torch.Tensor | None = None) -> None:
+    def run(self, y: torch.Tensor, plan: LoraPlan, i: int) -> None:
         a, b = self.weights(i, self.bench.a), self.weights(i, self.bench.b)
-        lora_linear(self.y if y is None else y, self.x, a, b, self.plans[i % len(self.plans)])
+        lora_linear(y, self.x, a, b, plan)
 
     def error(self, pair: Pair) -> float:
         """Greatest relative error of a row (Euclidean norms) against fp32 in any mix; NaN when an output is NaN."""
-        return max((self._error(pair, i) for i in range(len(self.plans))), key=lambda error: (error != error, error))
+        return max((self._error(pair, plan) for plan in self.plans), key=lambda error: (error != error, error))
 
-    def _error(self, pair: Pair, i: int) -> float:
+    def _error(self, pair: Pair, plan: LoraPlan) -> float:
         base = self.bench._randn(*self.y.shape)
         out, expected = base.clone(), base.float()
         with pinned(self.tokens, *pair):
-            self.run(i, out)
-        a, b = self.weights(i, self.bench.a), self.weights(i, self.bench.b)
-        reference.lora_linear(expected, self.x, a, b, self.plans[i])
+            self.run(out, plan, 0)
+        reference.lora_linear(expected, self.x, self.weights(0, self.bench.a), self.weights(0, self.bench.b), plan)
         return float(((out.float() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
     def capture(self, pair: Pair) -> Callable[[], float]:
-        """Replays a graph of calls with these configs: see `Clock.capture`."""
+        """Replays a graph of calls with these configs for each mix: see `Clock.capture`.
+
+        The geometric mean of their times: a part of the time saved counts alike in each of them.
+        """
         with pinned(self.tokens, *pair):
-            return self.bench.clock.capture(self.run, self.calls)
+            runs = [functools.partial(self.run, self.y, plan) for plan in self.plans]
+            replays = [self.bench.clock.capture(run, self.calls) for run in runs]
+        return lambda: statistics.geometric_mean([replay() for replay in replays])
 
     def settle(self, default: Pair = (None, None)) -> None:
         """Choose how many calls a graph holds, from the time of the default."""
         us = self.capture(default)()
-        self.calls = max(2, min(round(GRAPH_US / us), self.max_calls) // 2 * 2)
+        self.calls = max(1, min(round(GRAPH_US / us), self.max_calls))
 
     def time(self, pair: Pair, best_us: float = math.inf, replays: int = 5) -> float:
         """Median microseconds a call; after one replay only, if that is far slower than best_us."""
