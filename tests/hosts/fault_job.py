@@ -17,14 +17,17 @@ def inject(worker) -> str:
     """Runs in the worker: from now on the launch of a kernel, or what stands for it on the CPU, raises."""
     import torch
 
-    import lora_ops.kernels.shrink
     import lora_ops.reference
 
     def broken(*args, **kwargs):
         raise RuntimeError("injected fault")
 
     if torch.cuda.is_available():
-        lora_ops.kernels.shrink.shrink = broken
+        import lora_ops.kernels.shrink
+        from ops_patches.recording import Replay
+
+        lora_ops.kernels.shrink.shrink = broken  # of batches of a new form
+        Replay.__call__ = broken  # of others
     else:
         lora_ops.reference.lora_linear = broken
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
