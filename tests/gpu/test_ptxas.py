@@ -20,10 +20,18 @@ pytestmark = [
 ]
 
 
-def test_layers_agree_with_the_reference():
-    tests = ["tests/kernels/test_plan_ops.py", "-k", "test_linear or test_beside or test_wide_tiles"]
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("test_plan_ops.py", "test_linear or test_beside or test_wide_tiles"),
+        ("test_moe_ops.py", "test_layer and bfloat16"),
+        ("test_moe_quant.py", "test_cases or test_grouped_gemm and bfloat16"),
+    ],
+    ids=["lora", "moe", "quantised moe"],
+)
+def test_kernels_agree_with_the_reference(file, names):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}", "-k", names],
         cwd=ROOT,
         env=os.environ | {"TRITON_PTXAS_PATH": str(PTXAS)},
         capture_output=True,
