@@ -79,9 +79,9 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
-    programs = k // 1024 * (slices * ranks // 32)  # of a tile
-    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 32 and programs >= (20 if slices == 1 else 45):
-        # four warps also hold wide tiles, of which four then make programs enough
+    programs = -(-k // 1024) * -(-slices * rank // 32)  # of a tile
+    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 32 and programs >= (23 if slices == 1 else 45):
+        # four warps also hold wide tiles, of which four, or two of several slices, then make programs enough
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
         return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)

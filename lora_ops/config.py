@@ -27,7 +27,7 @@ Measured on an H100, us. K = 25600 (25 planes), rank 64: 256 tokens of one adapt
 100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0, rank 128 (28): 25.5 -> 24.1 and 121.1 -> 115.2.
 Llama-3-8B's gate_up, rank 128 (459 KB): 256 tokens of 32 adapters 141.7 -> 121.7, 1024 of 8 97.3 -> 91.1; its qkv, rank
 64 (49 KB): 35.0 -> 36.5, rank 128 (197 KB): 69.3 -> 62.4, but 64 tokens of one adapter (192 programs) 11.5 -> 13.3.
-1024 tokens of 8 adapters, K = 14336: rank 64 41.0 -> 37.4, rank 128 50.2 -> 49.3.
+1024 tokens of 8 adapters, K = 14336, launch parameters as they were: rank 64 41.0 -> 38.1, rank 128 51.6 -> 49.4.
 """
 
 
@@ -66,9 +66,9 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
     """Whether a kernel of its own adds up the planes; if not, each program of the expand does.
 
     It does where a program would add up SUMMED_PLANES of them, which make groups, or SUMMED_PLANES_LARGE in batches of
-    more than SMALL_BATCH rows; those of each product count in batches of more than 16 rows. It also does in those
-    batches for ranks above 32 and several slices, if programs would read SUMMED_BYTES of planes for each row and are at
-    least SUMMED_PROGRAMS: less takes no longer than the kernel.
+    more than SMALL_BATCH rows; those of each product count in batches of more than 16 rows. Of more than 16 rows it
+    also does for ranks above 32 and several slices, if programs would read SUMMED_BYTES of planes for each row and are
+    at least SUMMED_PROGRAMS: less takes no longer than the kernel.
     """
     num_rows = row_bucket(num_rows)  # batches of a bucket run what was compiled for it
     small = num_rows <= SMALL_BATCH

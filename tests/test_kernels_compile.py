@@ -28,6 +28,7 @@ import lora_ops.kernels.expand
 import lora_ops.launches
 import moe_ops.kernels
 import moe_ops.launches
+from lora_ops.config import num_planes
 from moe_ops.reference import QUANTS
 from ops_configs import files, lora, moe, store
 from ops_configs.moe import LayerConfig, MoeConfig
@@ -244,15 +245,17 @@ def test_lora_of_wide_layers(compiler, rank, rows, summed):
     check_linear(compiler, "gate_up", rank, rows, names)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40, 1000])
-@pytest.mark.parametrize("rank", [5, 64])
-def test_lora_of_rows_that_begin_anywhere_does_not_spill(compiler, rank, rows):
+@pytest.mark.parametrize("stride", [2057, 2064], ids=["rows begin anywhere", "rows end anywhere"])
+@pytest.mark.parametrize("rows", [1, 3, 200, 5000])
+@pytest.mark.parametrize(("rank", "slices"), [(64, 1), (128, 1), (128, 3)])
+def test_lora_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, stride):
     """Their elements are fetched one by one; what CUDA 13.0's ptxas made of such a kernel that spills was wrong."""
-    x = empty(rows, 2057)[:, :2049]
-    a, b = [empty(SLOTS, rank, 2049)], [empty(SLOTS, 33, rank)]
+    x = empty(rows, stride)[:, :2049]
+    a = [empty(SLOTS, rank, stride)[:, :, :2049]] * slices
+    out = empty(num_planes(2049, rank, rows), slices, rows, rank, dtype=torch.float32)
     with compiler.kernels() as kernels:
-        lora_ops.launches.run_linear(empty(rows, 33), x, a, b, 0.5, 0, True, plan_tiles(rows))
-    check([kernel for kernel in kernels if kernel.name == "shrink_kernel"], most_stack=0)
+        lora_ops.launches.run_planes(x, a, out, 0.5, plan_tiles(rows))
+    check(kernels, most_stack=0)
 
 
 @pytest.mark.parametrize("layer", ["qkv", "down"])

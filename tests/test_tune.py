@@ -264,18 +264,35 @@ def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(
     cpu = torch.device("cpu")
     bench = measure.Bench(layer, 8, loras, torch.float16, cpu, seed=3, cold_bytes=100 * adapter_bytes)
     batch = bench.batch(tokens)
-    assert bench.slots * adapter_bytes >= 100 * adapter_bytes or batch.copies == measure.MAX_CALLS
+    (plan,) = batch.plans
+    copies = batch.copies(plan)
+    assert bench.slots * adapter_bytes >= 100 * adapter_bytes or copies == measure.MAX_CALLS
     used = []
     monkeypatch.setattr(measure, "lora_linear", lambda y, x, a, b, plan: used.append([w.data_ptr() for w in (*a, *b)]))
-    for i in range(batch.copies):
-        batch.run(batch.y, batch.plans[0], i)
+    for i in range(copies):
+        batch.run(batch.y, plan, i)
     for weights, weight in zip(zip(*used, strict=True), (*bench.a, *bench.b), strict=True):
         call_bytes = batch.adapters * weight.stride(0) * weight.itemsize
-        assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(batch.copies)]
+        assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(copies)]
     monkeypatch.undo()
     assert 0 < batch.error((None, None)) < torch.finfo(torch.float16).eps
     bench.b[0][0] = float("nan")
     assert batch.error((None, None)) != batch.error((None, None))
+
+
+@pytest.mark.parametrize("loras", [3, 64])
+def test_calls_of_one_adapter_find_it_in_no_cache(monkeypatch, loras):
+    """Of all adapters of a call only the first is read."""
+    monkeypatch.setattr(measure, "Clock", lambda device: None)
+    bench = measure.Bench(Layer(1024, (512, 512)), 64, loras, torch.float16, torch.device("cpu"), seed=3)
+    batch = bench.batch(128)
+    one = batch.plans[1]
+    assert one.num_active == 1
+    calls = [batch.weights(one, i) for i in range(batch.max_calls)]
+    firsts = [[weight[0].data_ptr() for weight in (*a, *b)] for a, b in calls]
+    assert 1 < batch.max_calls <= measure.MAX_CALLS
+    assert all(len(set(addresses)) == batch.max_calls for addresses in zip(*firsts, strict=True))
+    assert {weight.shape[0] for a, b in calls for weight in (*a, *b)} == {batch.adapters}
 
 
 def test_each_mix_of_a_batch_counts_alike(monkeypatch):

@@ -13,6 +13,8 @@ Source: bgmv/sgmv of Punica (Chen et al. 2023, arXiv:2310.18547); S-LoRA (Sheng 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,8 @@ from .tiles import WIDE_PROGRAMS, Tiles, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
-FETCHED = 64
-"""Bytes that a thread fetches a step at most, where it fetches each element by itself: `fetched_k`."""
+FETCHED = 16
+"""Elements that a thread fetches a step at most, where it fetches each by itself: `fetched_config`."""
 
 
 @triton.jit
@@ -370,18 +372,20 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
     launch((tiles.count * slices * cdiv(rank, block_r),), planes, out, *tiles.pointers, tiles.per_segment, num_rows)
 
 
-def fetched_k(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, config: ShrinkConfig) -> int:
-    """Elements of K a step; of rows that begin anywhere in memory fewer than the config says, if it says many.
+def fetched_config(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, config: ShrinkConfig) -> ShrinkConfig:
+    """With smaller blocks, of 2-byte rows that begin or end anywhere in memory.
 
     Each element of those is a load of its own that waits in a register, not in shared memory. With more than there are,
     the ptxas of CUDA 13.0, which Triton runs once torch.compile did, takes a wrong register for an address.
     """
-    block_k = min(config.block_k, chunk_k(x.shape[1]))  # a step stays in its chunk
     aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, *lora_a))
-    if aligned and all(stride % ALIGNMENT == 0 for stride in (x.stride(0), *lora_a[0].stride()[:2])):
-        return block_k
-    most = FETCHED // x.element_size() * 32 * config.num_warps // (rows + config.block_n)
-    return max(16, min(block_k, power_of_two(most + 1) // 2))  # a product's least K is 16
+    sizes = x.shape[1], x.stride(0), *lora_a[0].stride()[:2]
+    if x.element_size() > 2 or (aligned and all(size % ALIGNMENT == 0 for size in sizes)):
+        return config
+    block_n = min(config.block_n, 64)
+    most = FETCHED * 32 * config.num_warps // (rows + block_n)
+    block_k = max(16, min(config.block_k, power_of_two(most + 1) // 2))  # a product's least K is 16
+    return replace(config, block_n=block_n, block_k=block_k)
 
 
 def shrink(
@@ -409,8 +413,9 @@ def shrink(
     planes, slices, num_rows, rank = out.shape
     k = x.shape[1]
     weight = lora_a[0]
+    config = fetched_config(x, lora_a, tiles.rows, config)
     grid = (tiles.count * planes * cdiv(slices * rank, config.block_n),)
-    block_k = fetched_k(x, lora_a, tiles.rows, config)
+    block_k = min(config.block_k, chunk_k(k))  # a step stays in its chunk
     divisible = block_k >= 64  # wide tiles take a quarter of it, which is a product's 16 at least
     launch = prepared(
         shrink_kernel,

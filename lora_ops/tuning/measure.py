@@ -112,19 +112,26 @@ class Batch:
             self.plans[-1].update(slots)
         self.x = bench._randn(tokens, bench.layer.k)
         self.y = bench._randn(tokens, sum(bench.layer.widths))
-        self.copies = max(1, min(bench.slots // self.adapters, MAX_CALLS))
-        rotation = self.copies * self.adapters * bench.adapter_bytes
-        self.max_calls = MAX_CALLS if rotation >= COLD_BYTES else self.copies
+        self.max_calls = min(self._cold_calls(plan) for plan in self.plans)
         self.calls = 1
 
-    def weights(self, i: int, stacked: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Those of call i among the bench's, of all slices."""
-        first = i % self.copies * self.adapters
-        return [weight[first : first + self.adapters] for weight in stacked]
+    def copies(self, plan: LoraPlan) -> int:
+        """Calls of a plan after which adapters come again."""
+        return min((self.bench.slots - self.adapters) // plan.num_active + 1, MAX_CALLS)
+
+    def _cold_calls(self, plan: LoraPlan) -> int:
+        """Most calls of a plan in a graph: none finds its adapters in the cache."""
+        rotation = self.copies(plan) * plan.num_active * self.bench.adapter_bytes
+        return MAX_CALLS if rotation >= COLD_BYTES else self.copies(plan)
+
+    def weights(self, plan: LoraPlan, i: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """A and B of call i of a plan among the bench's, of all slices; it uses other adapters than the call before."""
+        first = i % self.copies(plan) * plan.num_active
+        a, b = ([weight[first : first + self.adapters] for weight in half] for half in (self.bench.a, self.bench.b))
+        return a, b
 
     def run(self, y: torch.Tensor, plan: LoraPlan, i: int) -> None:
-        a, b = self.weights(i, self.bench.a), self.weights(i, self.bench.b)
-        lora_linear(y, self.x, a, b, plan)
+        lora_linear(y, self.x, *self.weights(plan, i), plan)
 
     def error(self, pair: Pair) -> float:
         """Greatest relative error of a row (Euclidean norms) against fp32 in any mix; NaN when an output is NaN."""
@@ -135,7 +142,7 @@ class Batch:
         out, expected = base.clone(), base.float()
         with pinned(self.tokens, *pair):
             self.run(out, plan, 0)
-        reference.lora_linear(expected, self.x, self.weights(0, self.bench.a), self.weights(0, self.bench.b), plan)
+        reference.lora_linear(expected, self.x, *self.weights(plan, 0), plan)
         return float(((out.float() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
     def capture(self, pair: Pair) -> Callable[[], float]:

@@ -169,6 +169,7 @@ def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
 
 
 WIDE_CONFIGS = ShrinkConfig(16, 64, num_warps=4, num_stages=3), ExpandConfig(32, 64, num_warps=4, num_stages=2, steps=1)
+LONG_WIDE_CONFIGS = ShrinkConfig(16, 256, num_warps=4, num_stages=3), WIDE_CONFIGS[1]
 WIDE_STEPS = {  # slots, and the wide tiles that the plan then offers
     "one adapter": ([2] * 150, 3),
     "two adapters and none": ([3, -1, 1] * 50, 3),
@@ -180,18 +181,22 @@ WIDE_STEPS = {  # slots, and the wide tiles that the plan then offers
 
 
 def wide_layer(k: int, device: str, dtype: torch.dtype = torch.float16) -> Layer:
-    return make_layer(Case(300, k, (40, 64, 32), 64, 4, "wide tiles"), dtype, device)
+    """With rows of x that begin at 16 bytes, as models have them, if K is a multiple of 16."""
+    layer = make_layer(Case(300, k, (40, 64, 32), 64, 4, "wide tiles"), dtype, device)
+    layer.x = layer.x.contiguous()
+    return layer
 
 
 @pytest.mark.parametrize(
-    ("add_inputs", "k", "steps"),
+    ("add_inputs", "k", "configs", "steps"),
     [
-        (True, 64, WIDE_STEPS),  # a shrink of so few programs has none
-        (False, 64, WIDE_STEPS),
-        (True, 3000, ["one row in the last tile", "many adapters"]),  # an expand of planes has none
+        (True, 64, WIDE_CONFIGS, WIDE_STEPS),  # a shrink of so few programs has none
+        (False, 64, WIDE_CONFIGS, WIDE_STEPS),
+        (True, 3000, WIDE_CONFIGS, ["one row in the last tile", "many adapters"]),  # an expand of planes has none
+        (True, 4096, LONG_WIDE_CONFIGS, ["one adapter", "one row in the last tile"]),
     ],
 )
-def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, steps):
+def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, configs, steps):
     """Launches of one plan, of kernels that hold both sizes of tiles, over steps of either kind."""
     layer = wide_layer(k, device)
     plan, rows = layer.plan, 150
@@ -206,14 +211,14 @@ def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, steps)
         if not add_inputs:
             y[: min(rows, len(slots)), :width] = nan
         expected = y.float()
-        with pinned(rows, *WIDE_CONFIGS):
+        with pinned(rows, *configs):
             launches.run_linear(y, x, layer.lora_a, layer.lora_b, 0.5, 0, add_inputs, tiles)
         reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan, 0.5, 0, add_inputs)
         assert_close(y, expected, tolerance(torch.float16))
 
 
-@pytest.mark.parametrize("k", [64, 3000])
-def test_wide_tiles_have_the_bits_of_others(device, dtype, k):
+@pytest.mark.parametrize(("k", "configs"), [(64, WIDE_CONFIGS), (3000, WIDE_CONFIGS), (4096, LONG_WIDE_CONFIGS)])
+def test_wide_tiles_have_the_bits_of_others(device, dtype, k, configs):
     if device == "cpu":
         pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
     layer = wide_layer(k, device, dtype)
@@ -221,7 +226,7 @@ def test_wide_tiles_have_the_bits_of_others(device, dtype, k):
     assert layer.plan.section("wide_tiles") == 6
     wide, narrow = layer.y.clone(), layer.y.clone()
     for y, warps in ((wide, 4), (narrow, 2)):
-        with pinned(300, *(replace(config, num_warps=warps) for config in WIDE_CONFIGS)):
+        with pinned(300, *(replace(config, num_warps=warps) for config in configs)):
             lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
     assert torch.equal(wide, narrow)
 
