@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,3 +31,17 @@ def anew(monkeypatch):
     """Each call runs its Python: a test may change what it launches. tests/gpu/test_replay_gpu.py has the others."""
     store.forget()
     monkeypatch.setattr(replay, "KEPT", 0)
+
+
+@pytest.fixture
+def products_in_order(device, monkeypatch):
+    """The interpreter adds up a product's terms in order; numpy's order depends on the place of a row and the CPU."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        total = np.zeros((a.shape[0], b.shape[1]), dtype)
+        for k in range(a.shape[1]):
+            total += a[:, k, None].astype(dtype) * b[k].astype(dtype)
+        return total
+
+    if device == "cpu":
+        monkeypatch.setattr(np, "matmul", matmul)

@@ -282,6 +282,7 @@ def test_deterministic(dtype, device):
     assert torch.equal(moe_ops.fused_experts(**layer), moe_ops.fused_experts(**layer))
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_bits_of_a_token_do_not_depend_on_the_others(dtype, device):
     """Within one tile size: more tokens, in another order."""
     layer = make_layer(Case("", tokens=30, experts=16, top_k=3), dtype, device)

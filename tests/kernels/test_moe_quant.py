@@ -326,6 +326,7 @@ def test_ranks_of_expert_parallel_sum_to_the_layer(device, poisoned):  # noqa: F
 
 
 @pytest.mark.parametrize("scheme", ["fp8 channel and token", "fp8 blocks", "int8 weights, channel"])
+@pytest.mark.usefixtures("products_in_order")
 def test_bits_of_a_token_do_not_depend_on_the_others(scheme, dtype, device):
     """Within one tile size: more tokens, in another order."""
     layer = make_quantised(Case("", tokens=16, experts=6, top_k=2, hidden=64, inner=72), scheme, dtype, device)
