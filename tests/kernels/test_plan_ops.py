@@ -520,6 +520,7 @@ def test_equal_slices_at_another_offset_are_another_layer(device, monkeypatch):
     seen = []
     monkeypatch.setattr(ops, "compile_plan", lambda kernels, layer, *plan: seen.append(layer))
     layer = make_layer(Case(4, 32, (8,) * 6, 8, 2, "two equal groups"), torch.float16, device)
+    layer.plan.update([0, 1, -1, 0])
     lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
     h = torch.zeros(6, 4, 8, device=device)
     lora_ops.lora_expand(h, layer.lora_b, layer.y, layer.plan)
