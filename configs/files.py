@@ -8,9 +8,10 @@
      "entries": {"<rank>": {"<row bucket>": {"config": {"block_n": 16, ...}, "us": 9.1, "default_us": 10.2}}}}
 
 "us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
-the day in its place, of 65 to 512 rows since November 2026 the mean of batches of all adapters and of one; they are
-equal where that default was measured and stayed. A config of null asks for today's analytic default. fp16 and bf16
-share the entries. Files of MoE layers have the name of a layer in place of the rank.
+the day in its place, of 65 to 512 rows since November 2026 the mean of batches of all adapters and of one, which
+tuners now take geometrically; they are equal where that default was measured and stayed. A config of null asks for
+today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of a layer in place of the
+rank.
 """
 
 from __future__ import annotations

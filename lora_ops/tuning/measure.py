@@ -121,8 +121,8 @@ class Batch:
 
     def _cold_calls(self, plan: LoraPlan) -> int:
         """Most calls of a plan in a graph: none finds its adapters in the cache."""
-        rotation = self.copies(plan) * plan.num_active * self.bench.adapter_bytes
-        return MAX_CALLS if rotation >= COLD_BYTES else self.copies(plan)
+        copies = self.copies(plan)
+        return MAX_CALLS if copies * plan.num_active * self.bench.adapter_bytes >= COLD_BYTES else copies
 
     def weights(self, plan: LoraPlan, i: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """A and B of call i of a plan among the bench's, of all slices; it uses other adapters than the call before."""
