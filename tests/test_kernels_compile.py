@@ -245,17 +245,44 @@ def test_lora_of_wide_layers(compiler, rank, rows, summed):
     check_linear(compiler, "gate_up", rank, rows, names)
 
 
-@pytest.mark.parametrize("stride", [2057, 2064], ids=["rows begin anywhere", "rows end anywhere"])
+@pytest.mark.parametrize(
+    ("k", "stride"),
+    [(2049, 2057), (2049, 2064), (2056, 2056)],
+    ids=["rows begin anywhere", "rows end anywhere", "rows of x begin anywhere"],
+)
 @pytest.mark.parametrize("rows", [1, 3, 200, 5000])
 @pytest.mark.parametrize(("rank", "slices"), [(64, 1), (128, 1), (128, 3)])
-def test_lora_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, stride):
+def test_shrink_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, k, stride):
     """Their elements are fetched one by one; what CUDA 13.0's ptxas made of such a kernel that spills was wrong."""
-    x = empty(rows, stride)[:, :2049]
-    a = [empty(SLOTS, rank, stride)[:, :, :2049]] * slices
-    out = empty(num_planes(2049, rank, rows), slices, rows, rank, dtype=torch.float32)
+    x = empty(rows, stride)[:, :k]
+    a = [empty(SLOTS, rank, stride)[:, :, :k]] * slices
+    out = empty(num_planes(k, rank, rows), slices, rows, rank, dtype=torch.float32)
     with compiler.kernels() as kernels:
         lora_ops.launches.run_planes(x, a, out, 0.5, plan_tiles(rows))
     check(kernels, most_stack=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 200, 5000])
+@pytest.mark.parametrize(("rank", "width"), [(128, 4095), (65, 4096), (33, 4095)])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_expand_of_unaligned_rows_does_not_spill(compiler, slices, rank, width, rows):
+    b, y = [empty(SLOTS, width, rank)] * slices, empty(rows, width * slices)
+    with compiler.kernels() as kernels:
+        for planes in {1, num_planes(4096, rank, rows)}:
+            h = empty(planes, slices, rows, rank, dtype=torch.float32)
+            lora_ops.launches.run_expand(h, b, y, 0, True, plan_tiles(rows))
+    check(kernels, most_stack=0)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_expand_of_aligned_rows_fetches_16_bytes(compiler, rank):
+    """Rows of eight ranks are of 16 bytes."""
+    y, _, _, b, h = lora_layer("down", rank, 64)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_expand(h, b, y, 0, True, plan_tiles(64))
+    (kernel,) = kernels
+    assert kernel.constants["BLOCK_N"] == 256
+    assert "ld.global.b16" not in kernel.ptx
 
 
 @pytest.mark.parametrize("layer", ["qkv", "down"])

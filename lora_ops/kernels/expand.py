@@ -11,15 +11,17 @@ Source: bgmv/sgmv of Punica (Chen et al. 2023, arXiv:2310.18547); programmatic d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from ops_configs.lora import ExpandConfig
-from ops_patches.launch import cdiv, prepared
+from ops_patches.launch import cdiv, power_of_two, prepared
 
 from .shrink import sum_h
-from .tiles import Tiles, load_tile, select_slice, slice_pointers
+from .tiles import FETCHED, Tiles, fetched_singly, load_tile, select_slice, slice_pointers
 
 
 @triton.jit
@@ -234,6 +236,21 @@ def expand_kernel(
     )
 
 
+def fetched_config(
+    y: torch.Tensor, lora_b: list[torch.Tensor], offset: int, rows: int, config: ExpandConfig
+) -> ExpandConfig:
+    """With smaller blocks where `fetched_singly`."""
+    rank, constants = lora_b[0].shape[2], [offset, lora_b[0].stride(1)]
+    for b in lora_b:
+        constants += b.shape[1], b.stride(0)
+    if not fetched_singly([y, *lora_b], [rank, *constants], [y.stride(0)]):
+        return config
+    block_r = min(config.block_r, 32)
+    most = FETCHED * 32 * config.num_warps // (rows + block_r)
+    block_n = max(16, min(config.block_n, power_of_two(most + 1) // 2))
+    return replace(config, block_n=block_n, block_r=block_r, steps=1)
+
+
 def expand(
     h: torch.Tensor,
     lora_b: list[torch.Tensor],
@@ -262,6 +279,7 @@ def expand(
     if zero_others is None:
         zero_others = not add_inputs
     planes, slices, num_rows, rank = h.shape
+    config = fetched_config(y, lora_b, offset, tiles.rows, config)
     widths = [b.shape[1] for b in lora_b] + [0] * (3 - slices)
     slot_strides = [b.stride(0) for b in lora_b] + [0] * (3 - slices)
     runs = sum([cdiv(width, config.steps * config.block_n) for width in widths])

@@ -21,15 +21,12 @@ import triton.language as tl
 
 from ops_configs.lora import ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
-from ops_patches.replay import ALIGNMENT
 
 from ..config import chunk_k, group_chunks
-from .tiles import WIDE_PROGRAMS, Tiles, load_tile, select_slice, slice_pointers
+from .tiles import FETCHED, WIDE_PROGRAMS, Tiles, fetched_singly, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
-FETCHED = 16
-"""Elements that a thread fetches a step at most, where it fetches each by itself: `fetched_config`."""
 
 
 @triton.jit
@@ -293,13 +290,12 @@ def sum_h(
     """Sum of the planes of h, GROUP of them making a group, fp32 [BLOCK_M, BLOCK_R]; zero where the row or the rank is
     padding."""
     mask = live[:, None] & (ranks < RANK)[None, :]
+    total = tl.zeros((rows.shape[0], ranks.shape[0]), tl.float32)  # and so never -0.0
     if GROUP == 1:
-        total = load_plane(h_ptr, 0, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
-        for c in tl.static_range(1, PLANES):
+        for c in tl.static_range(PLANES):
             total += load_plane(h_ptr, c, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
     else:  # a loop, or the compiler has more loads under way than registers; of a small tile the first group is not
         AHEAD: tl.constexpr = GROUP if rows.shape[0] * ranks.shape[0] <= 1024 else 0
-        total = tl.zeros((rows.shape[0], ranks.shape[0]), tl.float32)
         for c in tl.static_range(AHEAD):
             total += load_plane(h_ptr, c, rows, mask, ranks, lora_slice, num_rows, RANK, SLICES)
         for first in range(AHEAD, PLANES, GROUP):
@@ -373,14 +369,8 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
 
 
 def fetched_config(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, config: ShrinkConfig) -> ShrinkConfig:
-    """With smaller blocks, of 2-byte rows that begin or end anywhere in memory.
-
-    Each element of those is a load of its own that waits in a register, not in shared memory. With more than there are,
-    the ptxas of CUDA 13.0, which Triton runs once torch.compile did, takes a wrong register for an address.
-    """
-    aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (x, *lora_a))
-    sizes = x.shape[1], x.stride(0), *lora_a[0].stride()[:2]
-    if x.element_size() > 2 or (aligned and all(size % ALIGNMENT == 0 for size in sizes)):
+    """With smaller blocks where `fetched_singly`."""
+    if not fetched_singly([x, *lora_a], [x.shape[1], *lora_a[0].stride()[:2]], [x.stride(0)]):
         return config
     block_n = min(config.block_n, 64)
     most = FETCHED * 32 * config.num_warps // (rows + block_n)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.lora import TILE_ROWS
+from ops_patches.replay import ALIGNMENT
 
 PLAN_TILES = tl.constexpr(0)
 ROW_TILES = tl.constexpr(1)
@@ -17,6 +18,9 @@ SEGMENT_TILES = tl.constexpr(2)
 WIDE_ROWS = TILE_ROWS[1]
 WIDE_PROGRAMS = tl.constexpr(90)
 """Programs that wide tiles must make for a shrink to take them: for two thirds of an H200's multiprocessors."""
+
+FETCHED = 16
+"""Elements that a thread fetches a step at most, where it fetches each by itself: `fetched_singly`."""
 
 
 @triton.jit
@@ -99,3 +103,20 @@ def slice_pointers(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     """Three pointer arguments; slices that the layer lacks repeat the first."""
     first = weights[0]
     return first, weights[1] if len(weights) > 1 else first, weights[2] if len(weights) > 2 else first
+
+
+def fetched_singly(tensors: list[torch.Tensor], constants: list[int], strides: list[int]) -> bool:
+    """Whether 2-byte rows of these tensors begin or end anywhere in memory.
+
+    Each element of those is a load of its own that waits in a register, not in shared memory. With more than there are,
+    the ptxas of CUDA 13.0, which Triton runs once torch.compile did, takes a wrong register for an address. So blocks
+    must be small.
+
+    constants: sizes and strides, in elements, that a kernel is compiled for: Triton knows whether they are of 16 bytes;
+    strides: those passed to it, of which it knows whether they are multiples of 16.
+    """
+    if tensors[0].element_size() > 2:
+        return False
+    vector = ALIGNMENT // 2
+    anywhere = any(size % vector for size in constants) or any(stride % ALIGNMENT for stride in strides)
+    return anywhere or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
