@@ -85,9 +85,12 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
         return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
-    if slices == 1 and k <= 4096 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
-        block_n, block_k, num_stages = (32, 128, 4) if ranks == 64 else (64, 64, 6)
-        return ShrinkConfig(block_n, min(block_k, padded(k)), num_warps=4, num_stages=num_stages)
+    if slices == 1 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
+        if ranks == 64:
+            return ShrinkConfig(32, min(128, padded(k)), num_warps=4, num_stages=4)
+        if k > 4096:
+            return ShrinkConfig(64, 128, num_warps=8, num_stages=4)
+        return ShrinkConfig(64, min(64, padded(k)), num_warps=4, num_stages=6)
     if ranks > 64:
         return ShrinkConfig(min(columns, 128), min(64, padded(k)), num_warps=4, num_stages=4)
     if slices == 1 and ranks > 16 and num_rows > 4096:

@@ -7,10 +7,13 @@ MAX_RANK = 512
 MAX_SLICES = 3
 """Slices that one launch takes; a layer with more takes several."""
 CHUNKS_BATCH = 1024
-"""Batches of up to this many rows give each chunk of K to a program of its own, larger ones each group of chunks.
+"""Batches of up to this many rows give each chunk of K of several slices to a program of its own, those of up to
+SMALL_BATCH rows each chunk of one slice; larger ones each group of chunks.
 
-Measured on an H200 with K = 14336: at 1024 rows, rank 64, groups leave too few programs (40.1 us, chunks 30.9); at 2048
-rows, rank 128, chunks are too many planes to read (94.9 us, groups 66.2).
+Measured on an H100 with 1024 rows of eight adapters, in turns, each with its best launch parameters, us, chunks ->
+groups. One slice, K = 14336, rank 64 37.8 -> 36.4, rank 128 51.0 -> 46.1; K = 25600, 55.6 -> 51.8 and 76.4 -> 66.4; K =
+7168, 32.0 -> 30.6 and 40.7 -> 40.3; K = 8192, 26.9 -> 27.0 and 37.5 -> 37.3. Three slices, K = 8192, rank 64 31.0 ->
+33.8, rank 128 53.3 -> 50.7; K = 5120, 39.5 -> 42.2 and 63.0 -> 62.9.
 """
 PLANES_BATCH = 4096
 """Batches of up to this many rows split K over programs; larger ones have tiles enough to fill a GPU."""
@@ -18,7 +21,6 @@ MAX_GROUPS = 4
 """Groups that the chunks of K make at most, from rank 33 on."""
 
 SUMMED_PLANES = 17
-SUMMED_PLANES_LARGE = 14
 SUMMED_BYTES = 150_000
 SUMMED_PROGRAMS = 700
 """When a kernel of its own adds up the planes between shrink and expand: see `sums_planes`.
@@ -27,7 +29,6 @@ Measured on an H100, us. K = 25600 (25 planes), rank 64: 256 tokens of one adapt
 100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0, rank 128 (28): 25.5 -> 24.1 and 121.1 -> 115.2.
 Llama-3-8B's gate_up, rank 128 (459 KB): 256 tokens of 32 adapters 141.7 -> 121.7, 1024 of 8 97.3 -> 91.1; its qkv, rank
 64 (49 KB): 35.0 -> 36.5, rank 128 (197 KB): 69.3 -> 62.4, but 64 tokens of one adapter (192 programs) 11.5 -> 13.3.
-1024 tokens of 8 adapters, K = 14336, launch parameters as they were: rank 64 41.0 -> 38.1, rank 128 51.6 -> 49.4.
 """
 
 
@@ -49,12 +50,13 @@ def group_chunks(k: int, rank: int) -> int:
     return 1 if rank <= 32 else -(-k // (MAX_GROUPS * chunk_k(k)))
 
 
-def num_planes(k: int, rank: int, num_rows: int) -> int:
+def num_planes(k: int, slices: int, rank: int, num_rows: int) -> int:
     """Planes that the sum over K is split into: the fewer, the more programs the rows of a batch make."""
     if num_rows > PLANES_BATCH:
         return 1
     chunks = -(-k // chunk_k(k))
-    return chunks if num_rows <= CHUNKS_BATCH else -(-chunks // group_chunks(k, rank))
+    most = SMALL_BATCH if slices == 1 else CHUNKS_BATCH
+    return chunks if num_rows <= most else -(-chunks // group_chunks(k, rank))
 
 
 def planes_of_group(k: int, rank: int, planes: int) -> int:
@@ -65,10 +67,10 @@ def planes_of_group(k: int, rank: int, planes: int) -> int:
 def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
     """Whether a kernel of its own adds up the planes; if not, each program of the expand does.
 
-    It does where a program would add up SUMMED_PLANES of them, which make groups, or SUMMED_PLANES_LARGE in batches of
-    more than SMALL_BATCH rows; those of each product count in batches of more than 16 rows. Of more than 16 rows it
-    also does for ranks above 32 and several slices, if programs would read SUMMED_BYTES of planes for each row and are
-    at least SUMMED_PROGRAMS: less takes no longer than the kernel.
+    It does in batches of up to SMALL_BATCH rows where a program would add up SUMMED_PLANES of them, which make groups;
+    those of each product count in batches of more than 16 rows. Of more than 16 rows it also does for ranks above 32
+    and several slices, if programs would read SUMMED_BYTES of planes for each row and are at least SUMMED_PROGRAMS:
+    less takes no longer than the kernel.
     """
     num_rows = row_bucket(num_rows)  # batches of a bucket run what was compiled for it
     small = num_rows <= SMALL_BATCH
@@ -76,7 +78,7 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
     if num_rows <= TILE_ROWS[0]:
         return group > 1 and planes >= SUMMED_PLANES
     products = -(-rank // ranks)
-    if group > 1 and planes * products >= (SUMMED_PLANES if small else SUMMED_PLANES_LARGE):
+    if small and group > 1 and planes * products >= SUMMED_PLANES:
         return True
     runs = sum(-(-width // columns) for width in widths)
     read = planes * runs * rank * products * 4
@@ -86,5 +88,5 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
 
 def reads_whole(k: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
     """Whether the expand of a layer reads complete sums, not planes of them."""
-    planes = num_planes(k, rank, num_rows)
+    planes = num_planes(k, len(widths), rank, num_rows)
     return planes == 1 or sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, num_rows)

@@ -65,7 +65,7 @@ def run_shrink(x, lora_a, out, scale: float, tiles, **options) -> None:
     from .kernels.shrink import sum_planes
 
     k, rank = x.shape[1], lora_a[0].shape[1]
-    planes = num_planes(k, rank, tiles.batch)
+    planes = num_planes(k, len(lora_a), rank, tiles.batch)
     if planes == 1:
         run_planes(x, lora_a, out.unsqueeze(0), scale, tiles, **options)
     else:
@@ -103,7 +103,7 @@ def run_linear(
     """
     k, rank = x.shape[1], lora_a[0].shape[1]
     pdl = _supports_pdl(y.device)
-    planes = num_planes(k, rank, tiles.batch)
+    planes = num_planes(k, len(lora_a), rank, tiles.batch)
     group = planes_of_group(k, rank, planes)
     widths = tuple(b.shape[1] for b in lora_b)
     if sums_planes(planes, group, widths, rank, tiles.batch):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lora_ops.config import PLANES_BATCH, num_planes, planes_of_group, reads_whole, sums_planes
+from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH, num_planes, planes_of_group, reads_whole, sums_planes
 from lora_ops.kernels.tiles import WIDE_PROGRAMS
 from ops_configs import lora, store
 
@@ -12,7 +12,7 @@ QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
 
 
 def sums(k: int, widths: tuple[int, ...], rank: int, rows: int) -> bool:
-    planes = num_planes(k, rank, rows)
+    planes = num_planes(k, len(widths), rank, rows)
     return sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, rows)
 
 
@@ -36,13 +36,19 @@ def test_planes_are_added_up_once_where_programs_would_add_up_many(k, widths, ra
         assert sums(k, widths, rank, rows) == (summed_from is not None and rows >= summed_from), rows
 
 
-def test_of_large_batches_the_layers_with_the_most_columns_or_planes_are_summed():
+def test_of_large_batches_the_layers_with_the_most_columns_are_summed():
     assert [sums(4096, GATE_UP, rank, 1024) for rank in (32, 64, 128)] == [False, False, True]
     assert not sums(4096, QKV, 128, 1024)
-    assert [sums(14336, (4096,), rank, 1024) for rank in (32, 64, 128)] == [False, True, True], "14 planes"
-    assert not sums(12288, (4096,), 64, 1024), "12 planes"
-    assert not sums(14336, (4096,), 64, 2048), "groups"
+    assert not sums(25600, (5120,), 128, 1024), "groups"
     assert not sums(4096, GATE_UP, 128, PLANES_BATCH + 1), "one plane"
+
+
+def test_the_more_rows_and_slices_the_fewer_planes():
+    """Chunks, groups of them, or one; ranks up to 32 have no groups."""
+    rows = [store.SMALL_BATCH, CHUNKS_BATCH, PLANES_BATCH, PLANES_BATCH + 1]
+    assert [num_planes(14336, 1, 64, count) for count in rows] == [14, 4, 4, 1]
+    assert [num_planes(14336, 3, 64, count) for count in rows] == [14, 14, 4, 1]
+    assert [num_planes(14336, 1, 32, count) for count in rows] == [14, 14, 14, 1]
 
 
 def test_batches_of_a_bucket_do_what_was_compiled_for_it():
@@ -51,7 +57,8 @@ def test_batches_of_a_bucket_do_what_was_compiled_for_it():
         widths = random.choice([(4096,), QKV, GATE_UP, (7168, 7168), (25600, 25600)])
         rows = random.randint(1, 9000)
         bucket = store.row_bucket(rows)
-        assert num_planes(k, rank, rows) == num_planes(k, rank, bucket)
+        for slices in (1, 2, 3):
+            assert num_planes(k, slices, rank, rows) == num_planes(k, slices, rank, bucket)
         assert reads_whole(k, widths, rank, rows) == reads_whole(k, widths, rank, bucket)
 
 
@@ -61,7 +68,7 @@ def test_a_shrink_of_four_warps_has_programs_enough_for_wide_tiles():
     for _ in range(2000):
         k, slices, rank = 64 * random.randint(64, 400), random.randint(1, 3), random.randint(33, 160)
         config = lora.shrink_default(k, slices, rank, random.randint(65, store.SMALL_BATCH))
-        programs = 4 * num_planes(k, rank, store.SMALL_BATCH) * -(-slices * rank // config.block_n)
+        programs = 4 * num_planes(k, slices, rank, store.SMALL_BATCH) * -(-slices * rank // config.block_n)
         found.add(config.num_warps)
         assert config.num_warps == 2 or programs >= WIDE_PROGRAMS.value, (k, slices, rank)
     assert found == {2, 4}

@@ -189,10 +189,10 @@ def test_token_slots():
 
 
 def test_decode_batches_are_measured_with_all_adapters_and_with_one():
-    for tokens in (1, 64, 1024, 8192):
+    for tokens in (1, 16, 1024, 8192):
         (slots,) = measure.mixes(tokens, 8)
         assert (slots == measure.token_slots(tokens, 8)).all()
-    for tokens in (65, 512):
+    for tokens in (17, 64, 512):
         slots, one = measure.mixes(tokens, 8)
         assert (slots == measure.token_slots(tokens, 8)).all()
         assert one.shape == slots.shape
@@ -264,7 +264,7 @@ def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(
     cpu = torch.device("cpu")
     bench = measure.Bench(layer, 8, loras, torch.float16, cpu, seed=3, cold_bytes=100 * adapter_bytes)
     batch = bench.batch(tokens)
-    (plan,) = batch.plans
+    plan = batch.plans[0]
     copies = batch.copies(plan)
     assert bench.slots * adapter_bytes >= 100 * adapter_bytes or copies == measure.MAX_CALLS
     used = []

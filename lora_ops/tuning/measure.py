@@ -39,9 +39,9 @@ def token_slots(tokens: int, max_loras: int) -> np.ndarray:
 
 
 def mixes(tokens: int, max_loras: int) -> list[np.ndarray]:
-    """What a batch of so many tokens may hold: all adapters, and just one for decode that may have wide tiles."""
+    """What a batch of so many tokens may hold: all adapters, and just one for decode of more rows than a tile has."""
     slots = token_slots(tokens, max_loras)
-    return [slots] if tokens <= TILE_ROWS[1] or tokens >= PREFILL_TOKENS else [slots, np.zeros_like(slots)]
+    return [slots] if tokens <= TILE_ROWS[0] or tokens >= PREFILL_TOKENS else [slots, np.zeros_like(slots)]
 
 
 def num_adapters(tokens: int, max_loras: int) -> int:

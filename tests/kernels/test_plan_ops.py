@@ -8,9 +8,10 @@ import torch
 
 import lora_ops
 from lora_ops import launches, ops, reference
-from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH
+from lora_ops.config import PLANES_BATCH
 from lora_ops.plan import plan_args
 from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
+from ops_configs.store import SMALL_BATCH
 
 from .cases import CASES, Case, Layer, assert_close, make_layer, tolerance
 
@@ -309,15 +310,15 @@ def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens
     layer.x[::3] = 0
     layer.y[::3] = -0.0  # stays, of these products, if h is -0.0
     layer.lora_b = [b.abs() for b in layer.lora_b]
-    found = [launches.num_planes(k, rank, rows) for rows in (1, CHUNKS_BATCH, CHUNKS_BATCH + 1, PLANES_BATCH)]
+    found = [launches.num_planes(k, 1, rank, rows) for rows in (1, SMALL_BATCH, SMALL_BATCH + 1, PLANES_BATCH)]
     assert found == [planes[0], planes[0], planes[1], planes[1]]
-    assert launches.num_planes(k, rank, PLANES_BATCH + 1) == 1
+    assert launches.num_planes(k, 1, rank, PLANES_BATCH + 1) == 1
     results = []
     ways = [(count, False) for count in (*planes, 1)]
     if tokens == 20:  # once is enough for the interpreter
         ways.append((planes[0], planes[0] > 1))
     for count, summed in ways:
-        monkeypatch.setattr(launches, "num_planes", lambda k, rank, rows, count=count: count)
+        monkeypatch.setattr(launches, "num_planes", lambda *args, count=count: count)
         monkeypatch.setattr(launches, "sums_planes", lambda *args, summed=summed: summed)
         y, h = layer.y.clone(), torch.full((1, tokens, rank), nan, device=device)
         lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, -0.7)
