@@ -1,17 +1,17 @@
 """Files of tuned launch parameters: their names, their format, and how they are read and written.
 
     <folder>/NVIDIA_H200/lora_shrink,k=4096,slices=3.json           one file for each shape of a kernel
-    <folder>/NVIDIA_H200/lora_expand,widths=4096+1024+1024.json
+    <folder>/NVIDIA_H200/lora_expand,widths=4096+1024+1024,planes=4.json
     <folder>/NVIDIA_H200/grouped_gemm_config_2048_bfloat16.json     MoE layers of a hidden size: see configs/moe.py
 
     {"gpu": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0", "kernels": "<hash>", "date": ..., "command": ...,
      "entries": {"<rank>": {"<row bucket>": {"config": {"block_n": 16, ...}, "us": 9.1, "default_us": 10.2}}}}
 
 "us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
-the day in its place, of 65 to 512 rows since November 2026 the mean of batches of all adapters and of one, which
-tuners now take geometrically; they are equal where that default was measured and stayed. A config of null asks for
-today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of a layer in place of the
-rank.
+the day in its place, of 17 to 512 rows the geometric mean of batches of all adapters and of one (before November 27,
+2026, of 65 to 512 rows and the arithmetic one); they are equal where that default was measured and stayed. A config of
+null asks for today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of a layer in
+place of the rank.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def shrink_file(k: int, slices: int) -> str:
     return f"lora_shrink,k={k},slices={slices}.json"
 
 
-def expand_file(widths: Sequence[int]) -> str:
-    """Name of the file for slices of B with `widths` output features."""
-    return f"lora_expand,widths={'+'.join(map(str, widths))}.json"
+def expand_file(widths: Sequence[int], planes: int) -> str:
+    """Name of the file for slices of B with `widths` output features and so many planes of h."""
+    return f"lora_expand,widths={'+'.join(map(str, widths))},planes={planes}.json"
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, whole: boo
         steps = 1  # several would leave too few programs
     elif num_rows > 4096 or block_n == 64:
         steps = 8 if blocks >= 6000 else 4
+    elif whole:
+        steps = 1
     else:  # there are planes of h to add up: worth it for several steps, if enough programs are left
         steps = 4 if ranks >= 64 or blocks >= (600 if num_rows <= 1024 else 700) else 1
     stages = 2 if steps == 1 or (ranks > 64 and block_n == 128) else 3
@@ -201,24 +203,24 @@ def _shrink_config(k: int, slices: int, rank: int, bucket: int, dtype, device) -
     return tuned or _fitted(shrink_default(k, slices, rank, bucket), bucket, dtype, device)
 
 
-def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device, whole: bool) -> ExpandConfig:
+def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, device, planes: int) -> ExpandConfig:
     """Launch parameters of the expand for B_s [slots, widths[s], rank] and y with num_rows rows, tuned or analytic.
 
-    whole: it reads complete sums, not planes of them.
+    planes: of h, which it adds up; 1: complete sums.
 
     Raises:
         ValueError: LORA_OPS_CONFIG_DIR is no folder.
     """
-    return _expand_config(widths, rank, row_bucket(num_rows), dtype, device, whole)
+    return _expand_config(widths, rank, row_bucket(num_rows), dtype, device, planes)
 
 
 @cached
-def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, device, whole: bool) -> ExpandConfig:
+def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, device, planes: int) -> ExpandConfig:
     if _pinned and _pinned[0] == bucket:
         tuned = _pinned[2]
     else:
-        tuned = _find(EXPAND, expand_file(widths), rank, bucket, dtype, device)
-    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket, whole), bucket, dtype, device), rank)
+        tuned = _find(EXPAND, expand_file(widths, planes), rank, bucket, dtype, device)
+    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket, planes == 1), bucket, dtype, device), rank)
 
 
 def row_buckets() -> tuple[int, ...]:

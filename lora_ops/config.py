@@ -21,14 +21,18 @@ MAX_GROUPS = 4
 """Groups that the chunks of K make at most, from rank 33 on."""
 
 SUMMED_PLANES = 17
-SUMMED_BYTES = 150_000
+SUMMED_BYTES = 110_000
 SUMMED_PROGRAMS = 700
+SUMMED_WIDTH = 10_000
 """When a kernel of its own adds up the planes between shrink and expand: see `sums_planes`.
 
-Measured on an H100, us. K = 25600 (25 planes), rank 64: 256 tokens of one adapter 27.5 -> 18.6, of 64 adapters 115.3 ->
-100.3; K = 14336 (14 planes), rank 64: 12.8 -> 12.8 and 62.5 -> 64.0, rank 128 (28): 25.5 -> 24.1 and 121.1 -> 115.2.
-Llama-3-8B's gate_up, rank 128 (459 KB): 256 tokens of 32 adapters 141.7 -> 121.7, 1024 of 8 97.3 -> 91.1; its qkv, rank
-64 (49 KB): 35.0 -> 36.5, rank 128 (197 KB): 69.3 -> 62.4, but 64 tokens of one adapter (192 programs) 11.5 -> 13.3.
+Measured on an H100, in turns, us, by the expand -> by the kernel. Up to 512 rows: K = 25600 (25 planes), rank 64, 256
+tokens of one adapter 16.0 -> 14.3, of 64 adapters 112.5 -> 101.4, rank 32 15.8 -> 12.8 and 60.6 -> 58.3; K = 14336 (14
+planes), rank 64 13.5 -> 13.7 and 65.1 -> 64.5, rank 128 (28) 16.1 -> 17.1 and 122.5 -> 117.1. Gate and up, 256 tokens:
+Llama-3-8B's, rank 128 47.1 -> 25.3 and 264 -> 234, half of it (115 KB), rank 64 17.4 -> 16.4 and 89.8 -> 79.2; its qkv,
+rank 64 (49 KB) 11.4 -> 12.0 and 74.9 -> 71.9, rank 128 (197 KB) 18.4 -> 15.6 and 123.8 -> 117.3, but 64 tokens of one
+adapter (192 programs) 10.8 -> 13.5. Of 600 to 2048 rows the layers for which it is taken need 0.95 of the time in the
+mean of 144 cases, 0.76 to 1.11 (rank 16, K = 7168); the others would need 1.02.
 """
 
 
@@ -67,26 +71,28 @@ def planes_of_group(k: int, rank: int, planes: int) -> int:
 def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
     """Whether a kernel of its own adds up the planes; if not, each program of the expand does.
 
-    It does in batches of up to SMALL_BATCH rows where a program would add up SUMMED_PLANES of them, which make groups;
-    those of each product count in batches of more than 16 rows. Of more than 16 rows it also does for ranks above 32
-    and several slices, if programs would read SUMMED_BYTES of planes for each row and are at least SUMMED_PROGRAMS:
-    less takes no longer than the kernel.
+    In batches of up to SMALL_BATCH rows it does where a program would add up SUMMED_PLANES of them, counting those of
+    each product in batches of more than 16 rows; of up to 16 rows only if they make groups. Of more than 16 rows it
+    also does for ranks above 32 and several slices, if programs would read SUMMED_BYTES of planes for each row and are
+    at least SUMMED_PROGRAMS: less takes no longer than the kernel. In larger batches only narrow layers of few planes
+    and ranks do without it.
     """
     num_rows = row_bucket(num_rows)  # batches of a bucket run what was compiled for it
-    small = num_rows <= SMALL_BATCH
-    rows, columns, ranks = (TILE_ROWS[0], 128, 64) if small else (TILE_ROWS[1], 256, 128)  # of a program
+    if planes == 1:
+        return False
+    if num_rows > SMALL_BATCH:
+        return planes > MAX_GROUPS or rank > 64 or sum(widths) >= SUMMED_WIDTH
     if num_rows <= TILE_ROWS[0]:
         return group > 1 and planes >= SUMMED_PLANES
-    products = -(-rank // ranks)
-    if small and group > 1 and planes * products >= SUMMED_PLANES:
+    products = -(-rank // 64)
+    if planes * products >= SUMMED_PLANES:
         return True
-    runs = sum(-(-width // columns) for width in widths)
-    read = planes * runs * rank * products * 4
-    many = read >= SUMMED_BYTES and num_rows * runs >= SUMMED_PROGRAMS * rows
-    return planes > 1 and rank > 32 and len(widths) > 1 and many
+    runs = sum(-(-width // 128) for width in widths)  # of columns, one a program
+    many = planes * runs * rank * products * 4 >= SUMMED_BYTES and num_rows * runs >= SUMMED_PROGRAMS * TILE_ROWS[0]
+    return rank > 32 and len(widths) > 1 and many
 
 
-def reads_whole(k: int, widths: tuple[int, ...], rank: int, num_rows: int) -> bool:
-    """Whether the expand of a layer reads complete sums, not planes of them."""
+def planes_read(k: int, widths: tuple[int, ...], rank: int, num_rows: int) -> int:
+    """Planes that the expand of a layer reads and adds up; 1: complete sums."""
     planes = num_planes(k, len(widths), rank, num_rows)
-    return planes == 1 or sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, num_rows)
+    return 1 if sums_planes(planes, planes_of_group(k, rank, planes), widths, rank, num_rows) else planes

@@ -88,8 +88,7 @@ def run_expand(h, lora_b, y, offset: int, add_inputs: bool, tiles, **options) ->
 
     planes = h if h.ndim == 4 else h.unsqueeze(0)
     widths = tuple(b.shape[1] for b in lora_b)
-    whole = planes.shape[0] == 1
-    config = expand_config(widths, planes.shape[3], tiles.batch, lora_b[0].dtype, y.device, whole)
+    config = expand_config(widths, planes.shape[3], tiles.batch, lora_b[0].dtype, y.device, planes.shape[0])
     expand(planes, lora_b, y, tiles, offset, add_inputs, config, **options)
 
 

@@ -133,10 +133,11 @@ def test_ranks_of_one_padded_size_share():
 
 
 def test_the_expand_has_its_own_files(monkeypatch, tmp_path):
-    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS))
+    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS, 4))
     use(monkeypatch, tmp_path)
-    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, False) == EXPAND
-    assert lora.expand_config((4096, 1024), 16, 64, BF16, CUDA, False) != EXPAND
+    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 4) == EXPAND
+    assert lora.expand_config((4096, 1024), 16, 64, BF16, CUDA, 4) != EXPAND
+    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 1) != EXPAND
 
 
 def test_without_a_gpu_and_in_fp32_defaults_run(monkeypatch, tmp_path):
@@ -215,10 +216,10 @@ def test_a_mismatch_is_one_warning_with_the_command(monkeypatch, tmp_path, warni
     monkeypatch.setattr(store, "_kernels", {"lora_ops": tmp_path})
     matching = {"kernels": store.kernels_hash("lora_ops")} | change
     write(tmp_path, **matching)
-    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS), **matching)
+    write(tmp_path, EXPAND, name=files.expand_file(WIDTHS, 4), **matching)
     use(monkeypatch, tmp_path)
     assert shrink() == SHRINK
-    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, False) == EXPAND
+    assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 4) == EXPAND
     (record,) = warnings.records
     assert "python -m lora_ops.tune --shape 4096:4096" in record.getMessage()
     assert next(iter(change.values())).replace(" ", "_") in record.getMessage()
@@ -257,7 +258,7 @@ def test_pinned_configs_are_those_of_one_bucket(monkeypatch, tmp_path):
     with lora.pinned(64, SHRINK, None):
         assert shrink(16, 60) == SHRINK
         assert shrink(16, 128) == ShrinkConfig(16, 64, 1, 6)
-        assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, False) == lora.expand_default(WIDTHS, 16, 64, False)
+        assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 4) == lora.expand_default(WIDTHS, 16, 64, False)
         assert lora.row_buckets() == ()
     assert shrink(16, 60) == ShrinkConfig(16, 64, 1, 6)
 
@@ -335,7 +336,7 @@ def test_fp32_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, r
     for rows in store.BUCKETS:
         tile = tile_rows_for(rows)
         shrink = lora.shrink_config(14336, 2, rank, rows, torch.float32, CUDA)
-        expand = lora.expand_config((28672, 4096), rank, rows, torch.float32, CUDA, False)
+        expand = lora.expand_config((28672, 4096), rank, rows, torch.float32, CUDA, 4)
         assert 4 * shrink.num_stages * (tile + shrink.block_n) * shrink.block_k <= kib << 10
         assert 4 * expand.num_stages * (tile + expand.block_n) * expand.block_r <= kib << 10
         assert shrink.num_stages >= 2 <= expand.num_stages

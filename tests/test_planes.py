@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH, num_planes, planes_of_group, reads_whole, sums_planes
+from lora_ops.config import CHUNKS_BATCH, PLANES_BATCH, num_planes, planes_of_group, planes_read, sums_planes
 from lora_ops.kernels.tiles import WIDE_PROGRAMS
 from ops_configs import lora, store
 
@@ -20,7 +20,9 @@ def sums(k: int, widths: tuple[int, ...], rank: int, rows: int) -> bool:
     ("k", "widths", "rank", "summed_from"),
     [
         (25600, (5120,), 64, 1),  # 25 planes
-        (25600, (5120,), 32, None),  # which make no groups
+        (25600, (5120,), 32, 17),  # which make no groups
+        (12288, (4096,), 64, None),
+        (4096, (7168, 7168), 64, 65),
         (14336, (4096,), 64, None),
         (14336, (4096,), 128, 17),  # 14 planes in each of two products
         (4096, (4096,), 128, None),
@@ -36,10 +38,11 @@ def test_planes_are_added_up_once_where_programs_would_add_up_many(k, widths, ra
         assert sums(k, widths, rank, rows) == (summed_from is not None and rows >= summed_from), rows
 
 
-def test_of_large_batches_the_layers_with_the_most_columns_are_summed():
-    assert [sums(4096, GATE_UP, rank, 1024) for rank in (32, 64, 128)] == [False, False, True]
-    assert not sums(4096, QKV, 128, 1024)
-    assert not sums(25600, (5120,), 128, 1024), "groups"
+def test_of_large_batches_only_narrow_layers_of_few_planes_and_ranks_are_not_summed():
+    for rows in (store.SMALL_BATCH + 1, CHUNKS_BATCH, PLANES_BATCH):
+        assert [sums(4096, widths, 16, rows) for widths in ((4096,), QKV, GATE_UP)] == [False, False, True]
+        assert [sums(4096, QKV, rank, rows) for rank in (64, 128)] == [False, True]
+        assert [sums(14336, (4096,), rank, rows) for rank in (8, 32, 64)] == [True, True, False], "64: groups"
     assert not sums(4096, GATE_UP, 128, PLANES_BATCH + 1), "one plane"
 
 
@@ -59,7 +62,7 @@ def test_batches_of_a_bucket_do_what_was_compiled_for_it():
         bucket = store.row_bucket(rows)
         for slices in (1, 2, 3):
             assert num_planes(k, slices, rank, rows) == num_planes(k, slices, rank, bucket)
-        assert reads_whole(k, widths, rank, rows) == reads_whole(k, widths, rank, bucket)
+        assert planes_read(k, widths, rank, rows) == planes_read(k, widths, rank, bucket)
 
 
 def test_a_shrink_of_four_warps_has_programs_enough_for_wide_tiles():

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from lora_ops import tune
-from lora_ops.config import reads_whole
+from lora_ops.config import planes_read
 from lora_ops.tuning import decide, measure, worker
 from lora_ops.tuning.candidates import COUNT, batch_class, expand_candidates, shrink_candidates
 from lora_ops.tuning.decide import Case, Swept, Verified
@@ -143,8 +143,8 @@ def test_candidates_are_few_valid_and_begin_with_the_default(model):
             shrinks = shrink_candidates(layer, rank, rows)
             expands = expand_candidates(layer, rank, rows)
             assert shrinks[0] == lora.shrink_default(layer.k, len(layer.widths), rank, rows)
-            whole = reads_whole(layer.k, layer.widths, rank, rows)
-            assert expands[0] == lora.expand_default(layer.widths, rank, rows, whole)
+            planes = planes_read(layer.k, layer.widths, rank, rows)
+            assert expands[0] == lora.expand_default(layer.widths, rank, rows, planes == 1)
             for found, kind in ((shrinks, ShrinkConfig), (expands, ExpandConfig)):
                 assert 4 <= len(found) <= COUNT
                 assert len(set(found)) == len(found)
@@ -333,12 +333,19 @@ def test_each_entry_must_gain_by_itself():
 
 
 def test_a_shared_entry_must_harm_nobody():
-    o, down = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(14336, (4096,)), 16, 64)
-    expand = o.keys[1]
-    assert expand == down.keys[1]
-    gains, none, loses = (Verified({(False, False): 10, (False, True): us}) for us in (8, 10, 11))
-    assert decide.kept({o: gains, down: none}, [expand]) == {expand}
-    assert decide.kept({o: gains, down: loses}, [expand]) == set()
+    one, two = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(4096, (512,)), 16, 64)
+    shrink = one.keys[0]
+    assert shrink == two.keys[0]
+    gains, none, loses = (Verified({(False, False): 10, (True, False): us}) for us in (8, 10, 11))
+    assert decide.kept({one: gains, two: none}, [shrink]) == {shrink}
+    assert decide.kept({one: gains, two: loses}, [shrink]) == set()
+
+
+def test_expands_of_other_planes_have_entries_of_their_own():
+    """o reads four planes, down 14, or complete sums, for which there are wide tiles."""
+    o, down = ({rank: Case(Layer(k, (4096,)), rank, 256).keys[1][0] for rank in (16, 128)} for k in (4096, 14336))
+    assert o[16] == o[128] == files.expand_file((4096,), 4)
+    assert down == {16: files.expand_file((4096,), 14), 128: files.expand_file((4096,), 1)}
 
 
 def test_what_is_kept_is_never_slower_and_always_gains():
@@ -365,22 +372,12 @@ def test_what_is_kept_is_never_slower_and_always_gains():
                     assert entry["us"] == entry["default_us"]
 
 
-def test_an_entry_of_layers_whose_defaults_differ_asks_for_that_of_the_day():
-    """o reads planes, down complete sums, for which there are wide tiles."""
-    o, down = (Case(Layer(k, (4096,)), 128, 256) for k in (4096, 14336))
-    found = dict.fromkeys((o, down), verified(10, 10, 10, 10))
-    file, rank, rows = o.keys[1]
-    assert decide.entries(found, {}, set())[file][rank, rows]["config"] is None
-    alone = decide.entries({o: found[o]}, {}, set())[file][rank, rows]["config"]
-    assert alone == asdict(lora.expand_default((4096,), 128, 256, False))
-
-
 def test_the_merge_takes_what_saves_most():
-    o, down = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(14336, (4096,)), 16, 64)
+    one, two = Case(Layer(4096, (4096,)), 16, 64), Case(Layer(4096, (512,)), 16, 64)
     little, much = {"block_n": 16}, {"block_n": 32}
-    for order in ([o, down], [down, o]):
-        swept = {o: Swept(None, little, 9.0, 10.0), down: Swept(None, much, 15.0, 20.0)}
-        assert decide.merge({case: swept[case] for case in order}) == {o.keys[1]: much}
+    for order in ([one, two], [two, one]):
+        swept = {one: Swept(little, None, 9.0, 10.0), two: Swept(much, None, 15.0, 20.0)}
+        assert decide.merge({case: swept[case] for case in order}) == {one.keys[0]: much}
 
 
 class FakeGpu:
@@ -428,7 +425,7 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     store.forget()
     cuda = torch.device("cuda", 0)
     assert lora.shrink_config(4096, 3, 16, 60, torch.bfloat16, cuda) == ShrinkConfig(16, 64, 1, 2)
-    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda, False) == ExpandConfig(32, 16, 8, 2, 4)
+    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda, 1) == ExpandConfig(32, 16, 8, 2, 4)
     path = tmp_path / "NVIDIA_H200" / files.shrink_file(4096, 3)
     command = files.read(path, ShrinkConfig, store.BUCKETS).metadata["command"]
     assert "4096:4096,1024,1024" in command

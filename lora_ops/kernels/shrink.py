@@ -19,14 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ops_configs.lora import ShrinkConfig
+from ops_configs.lora import TILE_ROWS, ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
 
 from ..config import chunk_k, group_chunks
 from .tiles import FETCHED, WIDE_PROGRAMS, Tiles, fetched_singly, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
-"""Ranks of a program of sum_planes: a batch of few tiles makes enough programs."""
+"""Ranks of a program of sum_planes, of as many rows: a batch of few tiles makes enough programs."""
 
 
 @triton.jit
@@ -321,19 +321,21 @@ def sum_planes_kernel(
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (tiles * S * ceil(R / BLOCK_R),), blocks of R fastest, then slices.
+    """Grid: (tiles * PARTS * S * ceil(R / BLOCK_R),), blocks of R fastest, then slices, then parts of a tile.
 
-    A program owns out[s, rows of its tile, block of R]; rows of slot -1 become zero.
+    A program owns out[s, BLOCK_M rows of its tile, block of R]; rows of slot -1 become zero.
     """
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
     lora_slice = pid // RANK_BLOCKS % SLICES
+    part = pid // (RANK_BLOCKS * SLICES)
     slot, rows, live = load_tile(
-        pid // (RANK_BLOCKS * SLICES), slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M
+        part, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M, PARTS
     )
     if PDL:  # the planes are complete, and what ran before them
         tl.extra.cuda.gdc_wait()
@@ -353,6 +355,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
     order in which expand adds them. pdl: as `shrink` takes it."""
     num_planes, slices, num_rows, rank = planes.shape
     block_r = min(power_of_two(rank), SUM_RANKS)
+    parts = tiles.rows // TILE_ROWS[0]
     launch = prepared(
         sum_planes_kernel,
         RANK=rank,
@@ -360,12 +363,14 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, group: 
         PLANES=num_planes,
         GROUP=group,
         TILES=tiles.mode,
-        BLOCK_M=tiles.rows,
+        PARTS=parts,
+        BLOCK_M=TILE_ROWS[0],
         BLOCK_R=block_r,
         PDL=pdl,
         launch_pdl=pdl,
     )
-    launch((tiles.count * slices * cdiv(rank, block_r),), planes, out, *tiles.pointers, tiles.per_segment, num_rows)
+    grid = (tiles.count * parts * slices * cdiv(rank, block_r),)
+    launch(grid, planes, out, *tiles.pointers, tiles.per_segment * parts, num_rows)
 
 
 def fetched_config(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, config: ShrinkConfig) -> ShrinkConfig:

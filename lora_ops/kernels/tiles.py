@@ -33,14 +33,16 @@ def load_tile(
     num_rows,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """Slot of a tile (-1: rows without adapter, -2: no tile), its rows [BLOCK_M] and which of them are live [BLOCK_M].
 
-    Rows outside 0..num_rows-1 are never live, whatever the tile says.
+    Rows outside 0..num_rows-1 are never live, whatever the tile says. With PARTS, tiles are cut into so many parts of
+    BLOCK_M rows, which `tile` and tiles_per_segment count.
     """
     m = tl.arange(0, BLOCK_M)
     if TILES == PLAN_TILES:
-        slot = tl.load(slots_ptr + tile).to(tl.int32)
+        slot = tl.load(slots_ptr + tile // PARTS).to(tl.int32)
         rows = tl.load(rows_ptr + tile * BLOCK_M + m)
         live = (rows >= 0) & (rows < num_rows)
     elif TILES == ROW_TILES:

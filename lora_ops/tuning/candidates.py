@@ -10,7 +10,7 @@ from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
 from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
 from ops_configs.store import SMALL_BATCH, padded
 
-from ..config import CHUNKS_BATCH, PLANES_BATCH, reads_whole
+from ..config import CHUNKS_BATCH, PLANES_BATCH, planes_read
 from .layers import Layer
 
 # (block_n, block_k, num_warps, num_stages)
@@ -26,6 +26,7 @@ SMALL_SHRINKS = (  # few rows: the adapters' weights have to come, a program bri
     (32, 256, 4, 3),
     (64, 64, 2, 4),
     (64, 128, 4, 3),
+    (64, 128, 4, 4),
     (64, 128, 2, 4),
 )
 LARGE_SHRINKS = (  # many rows: x has to come, once for as many columns as fit
@@ -75,11 +76,11 @@ def _is_small(rows: int) -> bool:
     return tile_rows_for(rows) == tile_rows_for(1)
 
 
-def batch_class(layer: Layer, rank: int, rows: int) -> tuple[int, bool]:
+def batch_class(layer: Layer, rank: int, rows: int) -> tuple[int, int]:
     """The same for all batches of a layer whose kernels are compiled alike: by tiles, planes and their sum."""
     limits = (TILE_ROWS[1], SMALL_BATCH, CHUNKS_BATCH, PLANES_BATCH)
     most = next((most for most in limits if rows <= most), PLANES_BATCH + 1)
-    return most, reads_whole(layer.k, layer.widths, rank, rows)
+    return most, planes_read(layer.k, layer.widths, rank, rows)
 
 
 def _fitting(default, configs: list, most_shared: int) -> list:
@@ -97,7 +98,7 @@ def shrink_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX
 
 def expand_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX_SHARED_BYTES) -> list[ExpandConfig]:
     """Configs to measure for the expand of `rows` rows; the analytic default comes first."""
-    default = expand_default(layer.widths, rank, rows, reads_whole(layer.k, layer.widths, rank, rows))
+    default = expand_default(layer.widths, rank, rows, planes_read(layer.k, layer.widths, rank, rows) == 1)
     small = _is_small(rows)
     widest, block_r = padded(max(layer.widths)), min(padded(rank), 64 if small else 128)
     found = SMALL_EXPANDS if small else LARGE_EXPANDS

@@ -2,9 +2,9 @@
 
 sweep records -> `merge`: one config for each entry -> verification records -> `kept` -> `entries` -> files
 
-Layers share entries: a shrink's belongs to (k, slices), an expand's to the widths. So a second, independent
-measurement times each layer with and without each of its two tuned halves, and an entry stays only if it makes a layer
-faster by the margin and no layer slower.
+Layers share entries: a shrink's belongs to (k, slices), an expand's to the widths and the planes it reads. So a
+second, independent measurement times each layer with and without each of its two tuned halves, and an entry stays only
+if it makes a layer faster by the margin and no layer slower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from ops_configs.files import expand_file, shrink_file
 from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
 
-from ..config import reads_whole
+from ..config import planes_read
 from .layers import Layer
 
 MARGIN = 0.03
@@ -39,7 +39,9 @@ class Case:
     @property
     def keys(self) -> tuple[Key, Key]:
         """The entries that the shrink and the expand look up."""
-        shrink, expand = shrink_file(self.layer.k, len(self.layer.widths)), expand_file(self.layer.widths)
+        k, widths = self.layer.k, self.layer.widths
+        shrink = shrink_file(k, len(widths))
+        expand = expand_file(widths, planes_read(k, widths, self.rank, self.tokens))
         return (shrink, self.rank, self.tokens), (expand, self.rank, self.tokens)
 
 
@@ -106,20 +108,13 @@ def _default(case: Case, half: int) -> ShrinkConfig | ExpandConfig:
     layer = case.layer
     if half == 0:
         return shrink_default(layer.k, len(layer.widths), case.rank, case.tokens)
-    whole = reads_whole(layer.k, layer.widths, case.rank, case.tokens)
-    return expand_default(layer.widths, case.rank, case.tokens, whole)
+    planes = planes_read(layer.k, layer.widths, case.rank, case.tokens)
+    return expand_default(layer.widths, case.rank, case.tokens, planes == 1)
 
 
 def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key]) -> dict[str, dict]:
-    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured.
-
-    The latter is None, which asks for the default of the day, where it is not the same for all layers of the entry.
-    """
+    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured."""
     found = gains(verified, on)
-    defaults: dict[Key, set[ShrinkConfig | ExpandConfig]] = {}
-    for case in verified:
-        for i, key in enumerate(case.keys):
-            defaults.setdefault(key, set()).add(_default(case, i))
     written: dict[str, dict[tuple[int, int], dict]] = {}
     for case, result in sorted(verified.items(), key=lambda item: item[0]):
         halves = tuple(key in on for key in case.keys)
@@ -129,9 +124,7 @@ def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Ke
                 continue
             us = result.time(*halves)
             without = result.time(halves[0] and i != 0, halves[1] and i != 1)
-            config = tuned[key] if key in on else None
-            if config is None and len(defaults[key]) == 1:
-                config = asdict(*defaults[key])
+            config = tuned[key] if key in on else asdict(_default(case, i))
             entry = {"config": config, "us": round(us, 2), "default_us": round(without, 2)}
             written.setdefault(name, {}).setdefault((rank, rows), entry | {"layer": str(case.layer)})
     return written
