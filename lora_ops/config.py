@@ -32,7 +32,7 @@ planes), rank 64 13.5 -> 13.7 and 65.1 -> 64.5, rank 128 (28) 16.1 -> 17.1 and 1
 Llama-3-8B's, rank 128 47.1 -> 25.3 and 264 -> 234, half of it (115 KB), rank 64 17.4 -> 16.4 and 89.8 -> 79.2; its qkv,
 rank 64 (49 KB) 11.4 -> 12.0 and 74.9 -> 71.9, rank 128 (197 KB) 18.4 -> 15.6 and 123.8 -> 117.3, but 64 tokens of one
 adapter (192 programs) 10.8 -> 13.5. Of 600 to 2048 rows the layers for which it is taken need 0.95 of the time in the
-mean of 144 cases, 0.76 to 1.11 (rank 16, K = 7168); the others would need 1.02.
+mean of 164 cases, 0.77 to 1.11 (rank 16, K = 7168); the others would need 1.03.
 """
 
 

@@ -52,6 +52,7 @@ def test_a_broken_launch_ends_vllms_request(checkpoint, requests):
     job = Job(model, adapters, requests, patch="environment", own_process=True, dtype="bfloat16", engine=engine)
     result = run_job(job, script=ROOT / "tests" / "hosts" / "fault_job.py", timeout=300)
     assert result["device"] != "CPU"
+    assert result["worker"]["status"], "vLLM found no plugin of ours: install this project into its environment"
     assert len(result["before"]) == len(requests)
     assert result["error"] is not None, "a request was answered without our kernels"
     assert re.search(r"KernelError: lora_\w+ failed: RuntimeError: injected fault", result["output"])

@@ -36,16 +36,16 @@ def inject(worker) -> str:
 def main(job: Job) -> dict:
     llm = build_engine(job)
     before = generate(llm, job)
+    (worker,) = llm.collective_rpc(inspect_worker)
     (device,) = llm.collective_rpc(inject)
     try:
         generate(llm, job)
         error = None
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    result = {"device": device, "before": before, "error": error, "worker": None}
     if not job.own_process:  # a worker of its own is gone with its engine
-        result["worker"] = inspect_worker(llm.llm_engine.model_executor.driver_worker.worker)
-    return result
+        worker = inspect_worker(llm.llm_engine.model_executor.driver_worker.worker)
+    return {"device": device, "before": before, "error": error, "worker": worker}
 
 
 if __name__ == "__main__":
