@@ -203,6 +203,16 @@ def test_a_broken_file_is_a_miss(monkeypatch, tmp_path, warnings, text):
     assert file["entries"] == 0
 
 
+def test_a_file_of_an_expand_without_its_planes_is_a_problem(monkeypatch, tmp_path):
+    use(monkeypatch, tmp_path)
+    for name in ("lora_expand,widths=4096.json", files.expand_file((4096,), 4)):
+        write(tmp_path, EXPAND, name=name)
+    old, new = [f["problems"] for f in store.available(GPU, lora.KINDS) if str(tmp_path) in f["path"]][::-1]
+    assert len(old) == 1
+    assert "planes" in old[0]
+    assert new == []
+
+
 def test_every_invalid_key_is_named(tmp_path):
     path = write(tmp_path)
     content = json.loads(path.read_text())
