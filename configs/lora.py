@@ -190,9 +190,15 @@ def _fitted(config, num_rows: int, dtype, device):
     return config
 
 
+def _nearest_expand(entries: files.Entries, rank: int, bucket: int) -> files.Key | None:
+    """Of up to twice or half as many rows: a file may hold only those batches in which a layer reads so many planes."""
+    return nearest({key: entries[key] for key in entries if bucket / 2 <= key[1] <= 2 * bucket}, rank, bucket)
+
+
 def _find(kind: Kind, name: str, rank: int, bucket: int, dtype, device):
+    near = nearest if kind is SHRINK else _nearest_expand
     unfit = "" if dtype.itemsize == 2 else f"files are for fp16 and bf16, not {dtype}"
-    return find(kind, [name], rank, bucket, device, nearest, unfit)
+    return find(kind, [name], rank, bucket, device, near, unfit)
 
 
 def shrink_config(k: int, slices: int, rank: int, num_rows: int, dtype, device) -> ShrinkConfig:

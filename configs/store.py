@@ -230,7 +230,7 @@ def find(
                 _warn_of_mismatch(kind.package, file.metadata, gpu, path)
                 reason = "measured for it" if exact else f"measured for {_where(*entry)}"
                 if file.entries[entry] is None:
-                    return _choose(key, Choice("default", f"{reason}: nothing faster", str(path)))
+                    return _choose(key, Choice("default", f"{reason}: it asks for it", str(path)))
                 return _choose(key, Choice(source, reason, str(path)), file.entries[entry])
     where = "no file" if not found else "no fitting entry in the file"
     return _choose(key, Choice("default", f"{where} for {files.gpu_folder(gpu)}"))

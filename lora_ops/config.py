@@ -13,7 +13,7 @@ SMALL_BATCH rows each chunk of one slice; larger ones each group of chunks.
 Measured on an H100 with 1024 rows of eight adapters, in turns, each with its best launch parameters, us, chunks ->
 groups. One slice, K = 14336, rank 64 37.8 -> 36.4, rank 128 51.0 -> 46.1; K = 25600, 55.6 -> 51.8 and 76.4 -> 66.4; K =
 7168, 32.0 -> 30.6 and 40.7 -> 40.3; K = 8192, 26.9 -> 27.0 and 37.5 -> 37.3. Three slices, K = 8192, rank 64 31.0 ->
-33.8, rank 128 53.3 -> 50.7; K = 5120, 39.5 -> 42.2 and 63.0 -> 62.9.
+33.8, rank 128 53.3 -> 50.7; K = 5120, 39.5 -> 44.0 and 63.0 -> 62.9.
 """
 PLANES_BATCH = 4096
 """Batches of up to this many rows split K over programs; larger ones have tiles enough to fill a GPU."""

@@ -121,7 +121,7 @@ def test_an_entry_of_null_keeps_the_default_and_stops_the_search(monkeypatch, tm
     write(tmp_path / "user", None)
     use(monkeypatch, tmp_path / "user")
     assert shrink() == default()
-    assert "nothing faster" in store.choices()[0]["reason"]
+    assert "asks for it" in store.choices()[0]["reason"]
 
 
 def test_ranks_of_one_padded_size_share():
@@ -201,6 +201,14 @@ def test_a_broken_file_is_a_miss(monkeypatch, tmp_path, warnings, text):
     (file,) = [f for f in store.available(GPU, lora.KINDS) if str(tmp_path) in f["path"]]
     assert file["problems"]
     assert file["entries"] == 0
+
+
+def test_an_expand_of_far_more_rows_is_no_stand_in(monkeypatch, tmp_path):
+    use(monkeypatch, tmp_path)
+    entries = {(16, rows): {"config": asdict(EXPAND)} for rows in (64, 8192)}
+    files.write(tmp_path / "NVIDIA_H200" / files.expand_file(WIDTHS, 1), metadata(), entries)
+    found = {rows: lora.expand_config(WIDTHS, 16, rows, BF16, CUDA, 1) == EXPAND for rows in store.BUCKETS}
+    assert [rows for rows in store.BUCKETS if found[rows]] == [32, 64, 128, 4096, 8192]
 
 
 def test_a_file_of_an_expand_without_its_planes_is_a_problem(monkeypatch, tmp_path):

@@ -154,8 +154,10 @@ LORA = {
     "gate_up": (4096, (14336, 14336)),
     "down": (14336, (4096,)),
     "long": (25600, (5120,)),
+    "wide": (5120, (8192, 1024, 1024)),
 }
-"""K and the widths of slices, of Llama-3-8B; long is down of Qwen3-32B: planes enough for a kernel of their own."""
+"""K and the widths of slices, of Llama-3-8B; of Qwen3-32B long is down, whose planes are enough for a kernel of their
+own, and wide is qkv, whose planes make groups in large batches, too."""
 SLOTS = 8
 
 
@@ -197,13 +199,15 @@ def check_linear(compiler, layer: str, rank: int, rows: int, names: set[str]) ->
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("layer", ["qkv", "down"])
 def test_lora(compiler, layer, rank, rows):
-    """Batches of tiles of 16 rows, and of 64; planes of chunks of K, of groups of chunks (2000), and none (9000)."""
+    """Batches of tiles of 16 rows, and of 64; planes of chunks of K, of groups of chunks, and none (9000)."""
     summed = (layer, rank) == ("down", 16) and rows in (1000, 2000)  # 14 planes
     names = {"shrink_kernel", "expand_kernel"} | ({"sum_planes_kernel"} if summed else set())
     check_linear(compiler, layer, rank, rows, names)
 
 
-@pytest.mark.parametrize(("layer", "rank", "rows"), [("long", 64, 1), ("long", 64, 64), ("gate_up", 128, 1000)])
+@pytest.mark.parametrize(
+    ("layer", "rank", "rows"), [("long", 64, 1), ("long", 64, 64), ("gate_up", 128, 1000), ("wide", 64, 1000)]
+)
 def test_lora_sums_planes(compiler, layer, rank, rows):
     check_linear(compiler, layer, rank, rows, {"shrink_kernel", "sum_planes_kernel", "expand_kernel"})
 
@@ -264,8 +268,9 @@ def test_shrink_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, k
 @pytest.mark.parametrize("rows", [1, 3, 64, 200, 5000])
 @pytest.mark.parametrize(("rank", "width"), [(128, 4095), (65, 4096), (33, 4095)])
 @pytest.mark.parametrize("slices", [1, 3])
-def test_expand_of_unaligned_rows_does_not_spill(compiler, slices, rank, width, rows):
-    b, y = [empty(SLOTS, width, rank)] * slices, empty(rows, width * slices)
+@pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])
+def test_expand_of_unaligned_rows_does_not_spill(compiler, y_dtype, slices, rank, width, rows):
+    b, y = [empty(SLOTS, width, rank)] * slices, empty(rows, width * slices, dtype=y_dtype)
     with compiler.kernels() as kernels:
         for planes in {1, num_planes(4096, slices, rank, rows)}:
             h = empty(planes, slices, rows, rank, dtype=torch.float32)

@@ -108,7 +108,7 @@ def slice_pointers(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 
 def fetched_singly(tensors: list[torch.Tensor], constants: list[int], strides: list[int]) -> bool:
-    """Whether 2-byte rows of these tensors begin or end anywhere in memory.
+    """Whether rows of these tensors, of which some have 2-byte elements, begin or end anywhere in memory.
 
     Each element of those is a load of its own that waits in a register, not in shared memory. With more than there are,
     the ptxas of CUDA 13.0, which Triton runs once torch.compile did, takes a wrong register for an address. So blocks
@@ -117,7 +117,7 @@ def fetched_singly(tensors: list[torch.Tensor], constants: list[int], strides: l
     constants: sizes and strides, in elements, that a kernel is compiled for: Triton knows whether they are of 16 bytes;
     strides: those passed to it, of which it knows whether they are multiples of 16.
     """
-    if tensors[0].element_size() > 2:
+    if all(tensor.element_size() > 2 for tensor in tensors):
         return False
     vector = ALIGNMENT // 2
     anywhere = any(size % vector for size in constants) or any(stride % ALIGNMENT for stride in strides)

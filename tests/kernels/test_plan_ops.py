@@ -308,7 +308,7 @@ def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens
     """
     layer = make_layer(Case(tokens, k, (24,), rank, 2, "planes"), dtype, device)
     layer.x[::3] = 0
-    layer.y[::3] = -0.0  # stays, of these products, if h is -0.0
+    layer.y[::3] = -0.0  # a GPU may keep it where h is -0.0; the interpreter never does
     layer.lora_b = [b.abs() for b in layer.lora_b]
     found = [launches.num_planes(k, 1, rank, rows) for rows in (1, SMALL_BATCH, SMALL_BATCH + 1, PLANES_BATCH)]
     assert found == [planes[0], planes[0], planes[1], planes[1]]
