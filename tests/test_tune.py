@@ -425,7 +425,7 @@ def test_a_run_writes_what_the_ops_then_use(monkeypatch, tmp_path, capsys):
     store.forget()
     cuda = torch.device("cuda", 0)
     assert lora.shrink_config(4096, 3, 16, 60, torch.bfloat16, cuda) == ShrinkConfig(16, 64, 1, 2)
-    assert lora.expand_config((14336, 14336), 16, 4000, torch.float16, cuda, 1) == ExpandConfig(32, 16, 8, 2, 4)
+    assert lora.expand_config((14336, 14336), 16, 2000, torch.float16, cuda, 1) == ExpandConfig(32, 16, 8, 2, 4)
     path = tmp_path / "NVIDIA_H200" / files.shrink_file(4096, 3)
     command = files.read(path, ShrinkConfig, store.BUCKETS).metadata["command"]
     assert "4096:4096,1024,1024" in command
