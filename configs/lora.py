@@ -112,12 +112,12 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
     return ShrinkConfig(block_n, min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
 
 
-def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, whole: bool) -> ExpandConfig:
+def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: int) -> ExpandConfig:
     """Launch parameters of the expand for B_s [slots, widths[s], rank], where no tuned ones are known.
 
-    whole: it reads complete sums, not planes of them.
+    planes: of h, which it adds up; 1: complete sums.
     """
-    ranks, widest = padded(rank), padded(max(widths))
+    ranks, widest, whole = padded(rank), padded(max(widths)), planes == 1
     if num_rows <= SMALL_BATCH:
         block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
         wide = widest > 8192
@@ -236,7 +236,7 @@ def _expand_config(widths: tuple[int, ...], rank: int, bucket: int, dtype, devic
         tuned = _pinned[2]
     else:
         tuned = _find(EXPAND, expand_file(widths, planes), rank, bucket, dtype, device)
-    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket, planes == 1), bucket, dtype, device), rank)
+    return _runnable(tuned or _fitted(expand_default(widths, rank, bucket, planes), bucket, dtype, device), rank)
 
 
 def row_buckets() -> tuple[int, ...]:

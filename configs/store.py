@@ -4,8 +4,8 @@ folder of `use_configs` > LORA_OPS_CONFIG_DIR > files shipped for this GPU > ana
 
 Entry by entry: an exact entry (rank or MoE layer, and bucket) of any folder goes before a near one. For LoRA, near is
 another rank of the same padded size (the next larger first), then the nearest row bucket that runs tiles of the same
-size; configs/moe.py says what it is for MoE layers. LoRA's files are for fp16 and bf16; fp32 runs the defaults. A bad
-or missing file costs speed alone.
+size, of an expand one of up to twice or half the rows; configs/moe.py says what it is for MoE layers. LoRA's files are
+for fp16 and bf16; fp32 runs the defaults. A bad or missing file costs speed alone.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def find(
                 _warn_of_mismatch(kind.package, file.metadata, gpu, path)
                 reason = "measured for it" if exact else f"measured for {_where(*entry)}"
                 if file.entries[entry] is None:
-                    return _choose(key, Choice("default", f"{reason}: it asks for it", str(path)))
+                    return _choose(key, Choice("default", f"{reason}: the entry asks for it", str(path)))
                 return _choose(key, Choice(source, reason, str(path)), file.entries[entry])
     where = "no file" if not found else "no fitting entry in the file"
     return _choose(key, Choice("default", f"{where} for {files.gpu_folder(gpu)}"))

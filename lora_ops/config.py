@@ -84,7 +84,7 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
         return planes > MAX_GROUPS or rank > 64 or sum(widths) >= SUMMED_WIDTH
     if num_rows <= TILE_ROWS[0]:
         return group > 1 and planes >= SUMMED_PLANES
-    products = -(-rank // 64)
+    products = -(-rank // 64)  # of a program, one after another
     if planes * products >= SUMMED_PLANES:
         return True
     runs = sum(-(-width // 128) for width in widths)  # of columns, one a program

@@ -276,7 +276,7 @@ def test_pinned_configs_are_those_of_one_bucket(monkeypatch, tmp_path):
     with lora.pinned(64, SHRINK, None):
         assert shrink(16, 60) == SHRINK
         assert shrink(16, 128) == ShrinkConfig(16, 64, 1, 6)
-        assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 4) == lora.expand_default(WIDTHS, 16, 64, False)
+        assert lora.expand_config(WIDTHS, 16, 64, BF16, CUDA, 4) == lora.expand_default(WIDTHS, 16, 64, 4)
         assert lora.row_buckets() == ()
     assert shrink(16, 60) == ShrinkConfig(16, 64, 1, 6)
 

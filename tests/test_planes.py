@@ -79,6 +79,6 @@ def test_a_shrink_of_four_warps_has_programs_enough_for_wide_tiles():
 
 @pytest.mark.parametrize(("widths", "rank", "rows"), [(GATE_UP, 64, 64), (QKV, 128, 256), ((4096,), 128, 64)])
 def test_an_expand_of_complete_sums_has_the_warps_for_wide_tiles(widths, rank, rows):
-    assert lora.expand_default(widths, rank, rows, True).num_warps == 4
-    assert lora.expand_default(widths, rank, rows, False).num_warps < 4
-    assert lora.expand_default(widths, rank, 16, True) == lora.expand_default(widths, rank, 16, False)
+    assert lora.expand_default(widths, rank, rows, 1).num_warps == 4
+    assert lora.expand_default(widths, rank, rows, 4).num_warps < 4
+    assert lora.expand_default(widths, rank, 16, 1) == lora.expand_default(widths, rank, 16, 4)

@@ -144,7 +144,7 @@ def test_candidates_are_few_valid_and_begin_with_the_default(model):
             expands = expand_candidates(layer, rank, rows)
             assert shrinks[0] == lora.shrink_default(layer.k, len(layer.widths), rank, rows)
             planes = planes_read(layer.k, layer.widths, rank, rows)
-            assert expands[0] == lora.expand_default(layer.widths, rank, rows, planes == 1)
+            assert expands[0] == lora.expand_default(layer.widths, rank, rows, planes)
             for found, kind in ((shrinks, ShrinkConfig), (expands, ExpandConfig)):
                 assert 4 <= len(found) <= COUNT
                 assert len(set(found)) == len(found)

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from ops_configs.lora import ExpandConfig
-from ops_patches.launch import cdiv, power_of_two, prepared
+from ops_patches.launch import cdiv, prepared
 
 from .shrink import sum_h
-from .tiles import FETCHED, Tiles, fetched_singly, load_tile, select_slice, slice_pointers
+from .tiles import Tiles, fetched_block, fetched_singly, load_tile, select_slice, slice_pointers
 
 
 @triton.jit
@@ -240,14 +240,13 @@ def fetched_config(
     y: torch.Tensor, lora_b: list[torch.Tensor], offset: int, rows: int, config: ExpandConfig
 ) -> ExpandConfig:
     """With smaller blocks where `fetched_singly`."""
-    rank, constants = lora_b[0].shape[2], [offset, lora_b[0].stride(1)]
+    constants = [offset, lora_b[0].shape[2], lora_b[0].stride(1)]
     for b in lora_b:
         constants += b.shape[1], b.stride(0)
-    if not fetched_singly([y, *lora_b], [rank, *constants], [y.stride(0)]):
+    if not fetched_singly([y, *lora_b], constants, [y.stride(0)]):
         return config
     block_r = min(config.block_r, 32)
-    most = FETCHED * 32 * config.num_warps // (rows + block_r)
-    block_n = max(16, min(config.block_n, power_of_two(most + 1) // 2))
+    block_n = fetched_block(config.block_n, rows + block_r, config.num_warps)
     return replace(config, block_n=block_n, block_r=block_r, steps=1)
 
 

@@ -23,7 +23,7 @@ from ops_configs.lora import TILE_ROWS, ShrinkConfig
 from ops_patches.launch import cdiv, power_of_two, prepared
 
 from ..config import chunk_k, group_chunks
-from .tiles import FETCHED, WIDE_PROGRAMS, Tiles, fetched_singly, load_tile, select_slice, slice_pointers
+from .tiles import WIDE_PROGRAMS, Tiles, fetched_block, fetched_singly, load_tile, select_slice, slice_pointers
 
 SUM_RANKS = 16
 """Ranks of a program of sum_planes, of as many rows: a batch of few tiles makes enough programs."""
@@ -378,9 +378,7 @@ def fetched_config(x: torch.Tensor, lora_a: list[torch.Tensor], rows: int, confi
     if not fetched_singly([x, *lora_a], [x.shape[1], *lora_a[0].stride()[:2]], [x.stride(0)]):
         return config
     block_n = min(config.block_n, 64)
-    most = FETCHED * 32 * config.num_warps // (rows + block_n)
-    block_k = max(16, min(config.block_k, power_of_two(most + 1) // 2))  # a product's least K is 16
-    return replace(config, block_n=block_n, block_k=block_k)
+    return replace(config, block_n=block_n, block_k=fetched_block(config.block_k, rows + block_n, config.num_warps))
 
 
 def shrink(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ops_configs.lora import TILE_ROWS
+from ops_patches.launch import power_of_two
 from ops_patches.replay import ALIGNMENT
 
 PLAN_TILES = tl.constexpr(0)
@@ -122,3 +123,10 @@ def fetched_singly(tensors: list[torch.Tensor], constants: list[int], strides: l
     vector = ALIGNMENT // 2
     anywhere = any(size % vector for size in constants) or any(stride % ALIGNMENT for stride in strides)
     return anywhere or any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+
+
+def fetched_block(block: int, lines: int, num_warps: int) -> int:
+    """Elements of each of `lines` rows and columns that a program fetches at a time: `block`, or so many fewer that a
+    thread fetches FETCHED at most; 16 at least, as a product takes."""
+    most = FETCHED * 32 * num_warps // lines
+    return max(16, min(block, power_of_two(most + 1) // 2))

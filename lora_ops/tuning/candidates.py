@@ -98,7 +98,7 @@ def shrink_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX
 
 def expand_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX_SHARED_BYTES) -> list[ExpandConfig]:
     """Configs to measure for the expand of `rows` rows; the analytic default comes first."""
-    default = expand_default(layer.widths, rank, rows, planes_read(layer.k, layer.widths, rank, rows) == 1)
+    default = expand_default(layer.widths, rank, rows, planes_read(layer.k, layer.widths, rank, rows))
     small = _is_small(rows)
     widest, block_r = padded(max(layer.widths)), min(padded(rank), 64 if small else 128)
     found = SMALL_EXPANDS if small else LARGE_EXPANDS

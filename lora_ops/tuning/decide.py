@@ -109,7 +109,7 @@ def _default(case: Case, half: int) -> ShrinkConfig | ExpandConfig:
     if half == 0:
         return shrink_default(layer.k, len(layer.widths), case.rank, case.tokens)
     planes = planes_read(layer.k, layer.widths, case.rank, case.tokens)
-    return expand_default(layer.widths, case.rank, case.tokens, planes == 1)
+    return expand_default(layer.widths, case.rank, case.tokens, planes)
 
 
 def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key]) -> dict[str, dict]:
