@@ -265,6 +265,21 @@ def test_shrink_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, k
     check(kernels, most_stack=0)
 
 
+@pytest.mark.parametrize("rank", [16, 128])
+@pytest.mark.parametrize("rows", [2000, 9000])
+@pytest.mark.parametrize("layer", ["down"])
+def test_shrink_of_several_chunks_multiplies_while_it_loads(compiler, layer, rows, rank):
+    """A step waits for the product of the step before, and for its own only where a chunk of K ends."""
+    _, x, a, _, _ = lora_layer(layer, rank, rows)
+    planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
+    (kernel,) = kernels
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", kernel.ptx)
+    assert waits.count("1") == 1, waits
+    check(kernels, most_stack=0)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64, 200, 5000])
 @pytest.mark.parametrize(("rank", "width"), [(128, 4095), (65, 4096), (33, 4095)])
 @pytest.mark.parametrize("slices", [1, 3])

@@ -30,24 +30,33 @@ SUM_RANKS = 16
 
 
 @triton.jit
-def chunk_dot(
+def rows_dot(
     x_ptr,  # first element of K of each row  [BLOCK_M, 1]
     a_ptr,  # first element of K of each column  [1, BLOCK_N]
     live,  # [BLOCK_M]
     in_columns,  # [BLOCK_N]
     first_k,
+    scale,
     K: tl.constexpr,
+    PLANE_K: tl.constexpr,  # elements of K that are summed
     EVEN_N: tl.constexpr,
     CHUNK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x @ A^T over one chunk of K, fp32 [BLOCK_M, BLOCK_N]."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    """scale * x @ A^T over one plane, fp32 [BLOCK_M, BLOCK_N]: a chunk of K, or several, whose sums are added up.
+
+    One loop over all chunks: the first loads of a chunk are under way while the one before is multiplied.
+    """
+    end_k = tl.minimum(first_k + PLANE_K, K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of a chunk
+    group = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     k = tl.arange(0, BLOCK_K)
-    for k0 in tl.range(first_k, tl.minimum(first_k + CHUNK_K, K), BLOCK_K, num_stages=STAGES):
+    for k0 in tl.range(first_k, end_k, BLOCK_K, num_stages=STAGES):
         x_mask = live[:, None]
         if K % BLOCK_K == 0:
             if EVEN_N:
@@ -60,32 +69,22 @@ def chunk_dot(
             a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_k[:, None] & in_columns[None, :], other=0.0)
         x = tl.load(x_ptr + (k0 + k)[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         acc = tl.dot(x, a, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def group_dot(
-    x,
-    a,
-    live,
-    in_columns,
-    first,  # chunk of the group
-    scale,
-    K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    CHUNK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """scale * x @ A^T over one group of chunks of K, fp32 [BLOCK_M, BLOCK_N]."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for c in range(first, tl.minimum(first + GROUP, (K + CHUNK_K - 1) // CHUNK_K)):
-        part = chunk_dot(x, a, live, in_columns, c * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
-        # a select, or the compiler would fuse product and sum, and a chunk would have other bits than in its own plane
-        total += tl.where(live[:, None], part * scale, 0.0)
+        if PLANE_K > CHUNK_K:
+            next_k = k0 + BLOCK_K
+            if (next_k % CHUNK_K == 0) | (next_k >= end_k):
+                # a select, or the compiler would fuse product and sum, and a chunk would have other bits than in its
+                # own plane
+                chunk = tl.where(live[:, None], acc * scale, 0.0)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                if GROUP == 1:
+                    total += chunk
+                else:
+                    group += chunk
+                    if (next_k % (GROUP * CHUNK_K) == 0) | (next_k >= end_k):
+                        total += group
+                        group = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PLANE_K <= CHUNK_K:
+        total = acc * scale
     return total
 
 
@@ -143,21 +142,29 @@ def shrink_rows(
         a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
         a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
         if PLANES == NUM_CHUNKS:
-            total = chunk_dot(
-                x, a, live, in_columns, index * CHUNK_K, K, EVEN_N, CHUNK_K, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
-            )
-            total = total * scale
+            PLANE_K: tl.constexpr = CHUNK_K
         elif PLANES > 1:
-            first = index * GROUP
-            total = group_dot(
-                x, a, live, in_columns, first, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
-            )
+            PLANE_K: tl.constexpr = GROUP * CHUNK_K
         else:
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for c in range(0, NUM_CHUNKS, GROUP):
-                total += group_dot(
-                    x, a, live, in_columns, c, scale, K, EVEN_N, CHUNK_K, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
-                )
+            PLANE_K: tl.constexpr = K
+        first_k = index * PLANE_K
+        total = rows_dot(
+            x,
+            a,
+            live,
+            in_columns,
+            first_k,
+            scale,
+            K,
+            PLANE_K,
+            EVEN_N,
+            CHUNK_K,
+            GROUP,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            STAGES,
+        )
         tl.store(out, total, mask=out_mask)
 
 
