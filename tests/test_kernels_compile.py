@@ -267,7 +267,7 @@ def test_shrink_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, k
 
 @pytest.mark.parametrize("rank", [16, 128])
 @pytest.mark.parametrize("rows", [2000, 9000])
-@pytest.mark.parametrize("layer", ["down"])
+@pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
 def test_shrink_of_several_chunks_multiplies_while_it_loads(compiler, layer, rows, rank):
     """A step waits for the product of the step before, and for its own only where a chunk of K ends."""
     _, x, a, _, _ = lora_layer(layer, rank, rows)
@@ -301,6 +301,20 @@ def test_expand_of_aligned_rows_fetches_16_bytes(compiler, rank):
         lora_ops.launches.run_expand(h, b, y, 0, True, plan_tiles(64))
     (kernel,) = kernels
     assert kernel.constants["BLOCK_N"] == 256
+    assert "ld.global.b16" not in kernel.ptx
+
+
+@pytest.mark.parametrize("rows", [1, 64, 9000])
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
+def test_shrink_of_aligned_rows_fetches_16_bytes(compiler, layer, rank, rows):
+    """Also in blocks of the columns of several slices."""
+    _, x, a, _, _ = lora_layer(layer, rank, rows)
+    planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
+    (kernel,) = kernels
+    assert "cp.async.cg.shared.global" in kernel.ptx
     assert "ld.global.b16" not in kernel.ptx
 
 

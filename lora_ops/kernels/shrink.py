@@ -31,8 +31,8 @@ SUM_RANKS = 16
 
 @triton.jit
 def rows_dot(
-    x_ptr,  # first element of K of each row  [BLOCK_M, 1]
-    a_ptr,  # first element of K of each column  [1, BLOCK_N]
+    x_ptr,  # first step of K of each row  [BLOCK_M, BLOCK_K]
+    a_ptr,  # first step of K of each column  [BLOCK_K, BLOCK_N]
     live,  # [BLOCK_M]
     in_columns,  # [BLOCK_N]
     first_k,
@@ -60,14 +60,14 @@ def rows_dot(
         x_mask = live[:, None]
         if K % BLOCK_K == 0:
             if EVEN_N:
-                a = tl.load(a_ptr + (k0 + k)[:, None])  # [BLOCK_K, BLOCK_N]
+                a = tl.load(a_ptr + k0)  # [BLOCK_K, BLOCK_N]
             else:
-                a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_columns[None, :], other=0.0)
+                a = tl.load(a_ptr + k0, mask=in_columns[None, :], other=0.0)
         else:
             in_k = k0 + k < K
             x_mask = x_mask & in_k[None, :]
-            a = tl.load(a_ptr + (k0 + k)[:, None], mask=in_k[:, None] & in_columns[None, :], other=0.0)
-        x = tl.load(x_ptr + (k0 + k)[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+            a = tl.load(a_ptr + k0, mask=in_k[:, None] & in_columns[None, :], other=0.0)
+        x = tl.load(x_ptr + k0, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         acc = tl.dot(x, a, acc, input_precision="ieee")
         if PLANE_K > CHUNK_K:
             next_k = k0 + BLOCK_K
@@ -138,9 +138,13 @@ def shrink_rows(
             if slot == -1:
                 tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), mask=out_mask)
     else:
-        x = x_ptr + rows[:, None].to(tl.int64) * x_stride
-        a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES)
-        a = (a + slot.to(tl.int64) * A_SLOT_STRIDE + ranks * A_ROW_STRIDE)[None, :]
+        k = tl.arange(0, BLOCK_K)
+        x = x_ptr + rows[:, None].to(tl.int64) * x_stride + k[None, :]
+        offsets = slot.to(tl.int64) * A_SLOT_STRIDE + (ranks * A_ROW_STRIDE)[None, :] + k[:, None]
+        if RANK % BLOCK_N == 0:
+            a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES) + offsets
+        else:  # of whole addresses, or Triton 3.9 would not know that they are aligned
+            a = select_slice(lora_slice[None, :], a0_ptr + offsets, a1_ptr + offsets, a2_ptr + offsets, SLICES)
         if PLANES == NUM_CHUNKS:
             PLANE_K: tl.constexpr = CHUNK_K
         elif PLANES > 1:
