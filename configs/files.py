@@ -9,9 +9,10 @@
 
 "us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
 the day in its place, of 17 to 512 rows the geometric mean of batches of all adapters and of one (before November 27,
-2026, of 65 to 512 rows and the arithmetic one); they are equal where that default was measured and stayed. A config of
-null asks for today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of a layer in
-place of the rank.
+2026, of 65 to 512 rows and the arithmetic one), of batches in which each adapter fills a tile that of eight sequences
+and of all adapters (eight sequences alone to November 28); they are equal where that default was measured and stayed. A
+config of null asks for today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of
+a layer in place of the rank.
 """
 
 from __future__ import annotations

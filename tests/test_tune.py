@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,15 +189,32 @@ def test_token_slots():
         assert tokens < 1024 or (slots[1:] >= slots[:-1]).all()
 
 
-def test_decode_batches_are_measured_with_all_adapters_and_with_one():
-    for tokens in (1, 16, 1024, 8192):
-        (slots,) = measure.mixes(tokens, 8)
-        assert (slots == measure.token_slots(tokens, 8)).all()
-    for tokens in (17, 64, 512):
-        slots, one = measure.mixes(tokens, 8)
-        assert (slots == measure.token_slots(tokens, 8)).all()
-        assert one.shape == slots.shape
-        assert set(one) == {0}
+@pytest.mark.parametrize(("tokens", "loras"), [(1, 8), (16, 8), (1024, 8), (8192, 8), (1024, 64), (2048, 64)])
+def test_batches_measured_in_one_mix(tokens, loras):
+    (slots,) = measure.mixes(tokens, loras)
+    assert (slots == measure.token_slots(tokens, loras)).all()
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 512])
+def test_decode_batches_are_measured_with_all_adapters_and_with_one(tokens):
+    slots, one = measure.mixes(tokens, 8)
+    assert (slots == measure.token_slots(tokens, 8)).all()
+    assert one.shape == slots.shape
+    assert set(one) == {0}
+
+
+@pytest.mark.parametrize(("tokens", "loras"), [(1024, 9), (4096, 64), (8192, 64), (8192, 128)])
+def test_prefill_that_fills_tiles_of_all_adapters_is_measured_with_them(tokens, loras):
+    """Side by side, and of so many rows each that their last tiles are part full."""
+    slots, every = measure.mixes(tokens, loras)
+    assert (slots == measure.token_slots(tokens, loras)).all()
+    assert every.shape == slots.shape
+    assert every.dtype == slots.dtype
+    rows = np.bincount(every)
+    assert rows.shape == (loras,)
+    assert (np.diff(every) >= 0).all()
+    assert (rows % 64 != 0).mean() > 0.8
+    assert (every == measure.mixes(tokens, loras)[1]).all(), "every run measures the same"
 
 
 class FakeBatch:

@@ -39,9 +39,18 @@ def token_slots(tokens: int, max_loras: int) -> np.ndarray:
 
 
 def mixes(tokens: int, max_loras: int) -> list[np.ndarray]:
-    """What a batch of so many tokens may hold: all adapters, and just one for decode of more rows than a tile has."""
-    slots = token_slots(tokens, max_loras)
-    return [slots] if tokens <= TILE_ROWS[0] or tokens >= PREFILL_TOKENS else [slots, np.zeros_like(slots)]
+    """What a batch of so many tokens may hold, int32 [tokens] each, all of which count alike.
+
+    The batch of `token_slots`. For decode of more rows than a tile has also one of a single adapter. For prefill that
+    gives every adapter a tile of rows on average, and has more adapters than PREFILL_SEQUENCES, also one of them all,
+    whose sequences end anywhere in a tile.
+    """
+    found = [token_slots(tokens, max_loras)]
+    if TILE_ROWS[0] < tokens < PREFILL_TOKENS:
+        found.append(np.zeros_like(found[0]))
+    elif tokens >= TILE_ROWS[1] * max_loras and max_loras > PREFILL_SEQUENCES:
+        found.append(np.sort(np.random.default_rng(tokens).integers(0, max_loras, tokens, dtype=np.int32)))
+    return found
 
 
 def num_adapters(tokens: int, max_loras: int) -> int:
@@ -105,9 +114,10 @@ class Batch:
 
     def __init__(self, bench: Bench, tokens: int) -> None:
         self.bench, self.tokens = bench, tokens
-        self.adapters = num_adapters(tokens, bench.max_loras)
+        found = mixes(tokens, bench.max_loras)
+        self.adapters = 1 + max(int(slots.max()) for slots in found)
         self.plans = []
-        for slots in mixes(tokens, bench.max_loras):
+        for slots in found:
             self.plans.append(LoraPlan(tokens, self.adapters, bench.device))
             self.plans[-1].update(slots)
         self.x = bench._randn(tokens, bench.layer.k)
