@@ -185,20 +185,20 @@ class Calls:
         host = kernels()
         host.tables._LORA_A_PTR_DICT.clear()  # keyed by addresses, which come back
         host.tables._LORA_B_PTR_DICT.clear()
-        meta = host.meta.make(batch.adapters, batch.tokens, bench.device)
-        meta.prepare_tensors(batch.plans[0].token_slots)  # of all adapters
+        self.plan = batch.plans[0]  # of all adapters
+        meta = host.meta.make(bench.max_loras, batch.tokens, bench.device)
+        meta.prepare_tensors(self.plan.token_slots)
         self.meta = meta.meta_args(batch.tokens, specialize_active_lora=False)
         shape = (len(bench.layer.widths), batch.tokens, bench.rank)
         self.hidden = torch.zeros(shape, dtype=torch.float32, device=bench.device)
         self.batch = batch
 
     def run(self, op: str, config: Config, i: int) -> None:
+        a, b = self.batch.weights(self.plan, i)
         with using(op, config):
             if op == "shrink":
-                a = self.batch.weights(i, self.batch.bench.a)
                 kernels().shrink.lora_shrink(self.batch.x, a, self.hidden, *self.meta, 1.0)
             else:
-                b = self.batch.weights(i, self.batch.bench.b)
                 kernels().expand.lora_expand(self.hidden, b, self.batch.y, *self.meta, offset_start=0, add_inputs=True)
 
 
@@ -241,7 +241,7 @@ def best_of(clock, calls: Calls, op: str, candidates: list[Config]) -> tuple[Con
     """The fastest config, its us and the default's (candidates[0]); the default unless faster by MARGIN twice."""
     from lora_ops.tuning.measure import GRAPH_US, LOSER, too_large
 
-    for i in range(calls.batch.copies):
+    for i in range(calls.batch.copies(calls.plan)):
         calls.run(op, candidates[0], i)  # makes the tables of addresses, which a capture must not
     us = clock.capture(functools.partial(calls.run, op, candidates[0]), 2)()
     count = max(2, min(round(GRAPH_US / us), calls.batch.max_calls))

@@ -45,7 +45,9 @@ from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
 import lora_ops  # noqa: E402
 from lora_ops.kernels.expand import expand_kernel  # noqa: E402
 from lora_ops.kernels.shrink import shrink_kernel  # noqa: E402
-from ops_patches import counters  # noqa: E402
+from lora_ops.tuning.layers import Layer  # noqa: E402
+from lora_ops.tuning.measure import Bench  # noqa: E402
+from ops_patches import counters, vllm_lora_configs  # noqa: E402
 
 MAX_TOKENS, MAX_LORAS, VOCABULARY, RANK = 64, 4, 100, 8
 SLOT_TO_ADAPTER = [11, None, 13, 14]
@@ -101,6 +103,43 @@ def launches_of(wrapper) -> int:
         runs = [stack.enter_context(mock.patch.object(kernel, "run")) for kernel in kernels]
         wrapper.add_lora_linear(y, x, (draw(MAX_LORAS, 1, RANK, 96),), (draw(MAX_LORAS, 1, 32, RANK),), 1.0, (32,))
     return sum(run.call_count for run in runs)
+
+
+class FastestLast:
+    """In place of the clock of a GPU: runs each call, and says that each capture but the first two is faster."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def capture(self, run, calls: int):
+        for i in range(calls):
+            run(i)
+        self.captures += 1
+        us = 100.0 / self.captures
+        return lambda: us
+
+
+def tuned() -> dict:
+    """What the tuner makes of the host's kernels: their results over one of its batches, and the configs it chose."""
+    report = {}
+    bench = Bench(Layer(96, (32, 16)), RANK, MAX_LORAS, DTYPE, torch.device("cpu"), 0, cold_bytes=1 << 14, clock=False)
+    batch = bench.batch(20)
+    calls = vllm_lora_configs.Calls(batch)
+    hidden = {"shrink": 96, "expand": 32}
+    default = {op: vllm_lora_configs.default_config(op, MAX_LORAS, 20, hidden[op], RANK, 2) for op in hidden}
+    default["shrink"] |= {"split_k": 2}
+    for i in range(batch.copies(calls.plan)):
+        calls.hidden.zero_()
+        batch.y.zero_()
+        out = batch.y.clone()
+        for op in hidden:
+            calls.run(op, default[op], i)
+        batch.run(out, calls.plan, i)
+        report.setdefault("difference", []).append(difference([batch.y, out]))
+    for op in hidden:
+        other = default[op] | {"marker": op}
+        report[op] = vllm_lora_configs.best_of(FastestLast(), calls, op, [default[op], other])
+    return report
 
 
 def main() -> None:
@@ -230,6 +269,7 @@ def main() -> None:
     if hasattr(host, "apply_lora_full_linear"):
         compare("full linear", full_linear)
     report["counters"] = counters.snapshot()
+    report["tuned"] = tuned()
 
     try:
         ours.update_metadata(LoRAMapping([99], [99], is_prefill=True), SLOT_TO_ADAPTER, MAX_LORAS + 1, VOCABULARY)

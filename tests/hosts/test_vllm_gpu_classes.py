@@ -74,6 +74,17 @@ def test_the_hosts_metadata_stay_filled(report, mode, batch):
     assert ours == host
 
 
+def test_the_tuner_measures_the_hosts_kernels(report):
+    """Over other adapters each call, with the config that it is about to write."""
+    tuned = report["tuned"]
+    assert len(tuned["difference"]) > 1
+    assert max(tuned["difference"]) <= FP16
+    for op in ("shrink", "expand"):
+        config, us, default_us = tuned[op]
+        assert config["marker"] == op
+        assert us < default_us
+
+
 def test_the_layers_run_beside_their_gemm(report):
     assert report["apply"] == ["_apply_sync", "apply_beside"] * 2
     assert report["counters"]["hit"]["lora_delta"] == report["counters"]["hit"]["lora_join"] == 2
