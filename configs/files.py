@@ -8,9 +8,10 @@
      "entries": {"<rank>": {"<row bucket>": {"config": {"block_n": 16, ...}, "us": 9.1, "default_us": 10.2}}}}
 
 "us" and "default_us" are microseconds of shrink and expand together, with this entry and with the analytic default of
-the day in its place, of 17 to 512 rows the geometric mean of batches of all adapters and of one (before November 27,
-2026, of 65 to 512 rows and the arithmetic one), of batches in which each adapter fills a tile that of eight sequences
-and of all adapters (eight sequences alone to November 28); they are equal where that default was measured and stayed. A
+the day in its place; they are equal where that default was measured and stayed. Of 17 to 512 rows they are the
+geometric mean of batches of all adapters and of one (before November 27, 2026, of 65 to 512 rows and the arithmetic
+one), of 64 rows or more for each of more than eight adapters that of eight sequences and of all adapters (before
+November 29 of eight sequences alone). The date is that of a file's newest entry; tune_lora.csv has those of all. A
 config of null asks for today's analytic default. fp16 and bf16 share the entries. Files of MoE layers have the name of
 a layer in place of the rank.
 """

@@ -274,7 +274,7 @@ def test_other_errors_are_not_swallowed():
         measure.sweep(batch, SHRINKS, EXPANDS, 0.01)
 
 
-@pytest.mark.parametrize(("tokens", "loras"), [(1, 4), (7, 3), (64, 64), (1024, 5)])
+@pytest.mark.parametrize(("tokens", "loras"), [(1, 4), (7, 3), (64, 64), (1024, 5), (1024, 9)])
 def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(monkeypatch, tokens, loras):
     monkeypatch.setattr(measure, "Clock", lambda device: None)
     layer = Layer(48, (33, 16))
@@ -282,16 +282,23 @@ def test_each_call_of_a_batch_runs_other_adapters_and_agrees_with_the_reference(
     cpu = torch.device("cpu")
     bench = measure.Bench(layer, 8, loras, torch.float16, cpu, seed=3, cold_bytes=100 * adapter_bytes)
     batch = bench.batch(tokens)
-    plan = batch.plans[0]
-    copies = batch.copies(plan)
-    assert bench.slots * adapter_bytes >= 100 * adapter_bytes or copies == measure.MAX_CALLS
     used = []
-    monkeypatch.setattr(measure, "lora_linear", lambda y, x, a, b, plan: used.append([w.data_ptr() for w in (*a, *b)]))
-    for i in range(copies):
-        batch.run(batch.y, plan, i)
-    for weights, weight in zip(zip(*used, strict=True), (*bench.a, *bench.b), strict=True):
-        call_bytes = batch.adapters * weight.stride(0) * weight.itemsize
-        assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(copies)]
+
+    def linear(y, x, a, b, plan):
+        assert {weight.shape[0] for weight in (*a, *b)} == {plan.max_slots} == {loras}
+        used.append([weight.data_ptr() for weight in (*a, *b)])
+
+    monkeypatch.setattr(measure, "lora_linear", linear)
+    assert len(batch.plans) == (2 if (tokens, loras) in ((64, 64), (1024, 9)) else 1)
+    for plan in batch.plans:
+        copies = batch.copies(plan)
+        assert bench.slots * adapter_bytes >= 100 * adapter_bytes or copies == measure.MAX_CALLS
+        used.clear()
+        for i in range(copies):
+            batch.run(batch.y, plan, i)
+        for weights, weight in zip(zip(*used, strict=True), (*bench.a, *bench.b), strict=True):
+            call_bytes = plan.num_active * weight.stride(0) * weight.itemsize
+            assert [address - weights[0] for address in weights] == [i * call_bytes for i in range(copies)]
     monkeypatch.undo()
     assert 0 < batch.error((None, None)) < torch.finfo(torch.float16).eps
     bench.b[0][0] = float("nan")
@@ -310,7 +317,7 @@ def test_calls_of_one_adapter_find_it_in_no_cache(monkeypatch, loras):
     firsts = [[weight[0].data_ptr() for weight in (*a, *b)] for a, b in calls]
     assert 1 < batch.max_calls <= measure.MAX_CALLS
     assert all(len(set(addresses)) == batch.max_calls for addresses in zip(*firsts, strict=True))
-    assert {weight.shape[0] for a, b in calls for weight in (*a, *b)} == {batch.adapters}
+    assert {weight.shape[0] for a, b in calls for weight in (*a, *b)} == {loras}
 
 
 def test_each_mix_of_a_batch_counts_alike(monkeypatch):

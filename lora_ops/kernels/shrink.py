@@ -51,6 +51,7 @@ def rows_dot(
 
     One loop over all chunks: the first loads of a chunk are under way while the one before is multiplied.
     """
+    tl.static_assert(CHUNK_K % BLOCK_K == 0, "a step lies in one chunk")
     end_k = tl.minimum(first_k + PLANE_K, K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of a chunk
     group = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -143,7 +144,7 @@ def shrink_rows(
         offsets = slot.to(tl.int64) * A_SLOT_STRIDE + (ranks * A_ROW_STRIDE)[None, :] + k[:, None]
         if RANK % BLOCK_N == 0:
             a = select_slice(lora_slice, a0_ptr, a1_ptr, a2_ptr, SLICES) + offsets
-        else:  # of whole addresses, or Triton 3.9 would not know that they are aligned
+        else:  # of whole addresses, or Triton 3.8 and later would not know that they are aligned
             a = select_slice(lora_slice[None, :], a0_ptr + offsets, a1_ptr + offsets, a2_ptr + offsets, SLICES)
         if PLANES == NUM_CHUNKS:
             PLANE_K: tl.constexpr = CHUNK_K

@@ -21,7 +21,7 @@ from ..plan import LoraPlan, plan_args
 from .layers import Layer
 
 PREFILL_TOKENS = 1024
-"""From this many tokens up a batch is made of PREFILL_SEQUENCES sequences, below it each token is a request."""
+"""From this many tokens up `token_slots` makes PREFILL_SEQUENCES sequences, below it each token is a request."""
 PREFILL_SEQUENCES = 8
 COLD_BYTES = 96 << 20
 MAX_CALLS = 32
@@ -39,11 +39,11 @@ def token_slots(tokens: int, max_loras: int) -> np.ndarray:
 
 
 def mixes(tokens: int, max_loras: int) -> list[np.ndarray]:
-    """What a batch of so many tokens may hold, int32 [tokens] each, all of which count alike.
+    """What a batch of so many tokens may hold, int32 [tokens] each; all count alike.
 
-    The batch of `token_slots`. For decode of more rows than a tile has also one of a single adapter. For prefill that
-    gives every adapter a tile of rows on average, and has more adapters than PREFILL_SEQUENCES, also one of them all,
-    whose sequences end anywhere in a tile.
+    The batch of `token_slots`. Of decode of more rows than a tile has also one of a single adapter. Of prefill of more
+    adapters than PREFILL_SEQUENCES, with a tile of rows for each or more, also one of them all, whose sequences end
+    anywhere in a tile.
     """
     found = [token_slots(tokens, max_loras)]
     if TILE_ROWS[0] < tokens < PREFILL_TOKENS:
@@ -110,15 +110,16 @@ class Bench:
 
 
 class Batch:
-    """One number of tokens over the weights of a bench, each call on other adapters than the one before."""
+    """One number of tokens over the weights of a bench, each call on other adapters than the one before.
+
+    Plans and weights are those of a server with max_loras slots, of which a call uses the first.
+    """
 
     def __init__(self, bench: Bench, tokens: int) -> None:
         self.bench, self.tokens = bench, tokens
-        found = mixes(tokens, bench.max_loras)
-        self.adapters = 1 + max(int(slots.max()) for slots in found)
         self.plans = []
-        for slots in found:
-            self.plans.append(LoraPlan(tokens, self.adapters, bench.device))
+        for slots in mixes(tokens, bench.max_loras):
+            self.plans.append(LoraPlan(tokens, bench.max_loras, bench.device))
             self.plans[-1].update(slots)
         self.x = bench._randn(tokens, bench.layer.k)
         self.y = bench._randn(tokens, sum(bench.layer.widths))
@@ -127,7 +128,7 @@ class Batch:
 
     def copies(self, plan: LoraPlan) -> int:
         """Calls of a plan after which adapters come again."""
-        return min((self.bench.slots - self.adapters) // plan.num_active + 1, MAX_CALLS)
+        return min((self.bench.slots - self.bench.max_loras) // plan.num_active + 1, MAX_CALLS)
 
     def _cold_calls(self, plan: LoraPlan) -> int:
         """Most calls of a plan in a graph: none finds its adapters in the cache."""
@@ -137,7 +138,9 @@ class Batch:
     def weights(self, plan: LoraPlan, i: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """A and B of call i of a plan among the bench's, of all slices; it uses other adapters than the call before."""
         first = i % self.copies(plan) * plan.num_active
-        a, b = ([weight[first : first + self.adapters] for weight in half] for half in (self.bench.a, self.bench.b))
+        a, b = (
+            [weight[first : first + self.bench.max_loras] for weight in half] for half in (self.bench.a, self.bench.b)
+        )
         return a, b
 
     def run(self, y: torch.Tensor, plan: LoraPlan, i: int) -> None:
