@@ -239,12 +239,16 @@ class SglangCsgmv:
     def __init__(self) -> None:
         require_triton_device()
         site = sglang_site()
-        folder = site / "sglang/kernels/ops/gemm"
+        package = sgmv_package(site) or SGMV_PACKAGES[0]
+        folder = site / package.replace(".", "/")
         names = ("lora_tuning_config", "chunked_sgmv_shrink", "chunked_sgmv_expand")
         if absent := [name for name in names if not (folder / f"{name}.py").exists()]:
             raise Missing(f"{folder} lacks {', '.join(absent)}")
-        with sglang_stand_ins():
-            modules = [load_file(f"sglang.kernels.ops.gemm.{name}", folder / f"{name}.py") for name in names]
+        with sglang_stand_ins(package):
+            environ = site / "sglang/srt/environ.py"
+            if environ.exists():
+                load_file("sglang.srt.environ", environ)
+            modules = [load_file(f"{package}.{name}", folder / f"{name}.py") for name in names]
         self.configs, shrink, expand = modules
         self.shrink = shrink.chunked_sgmv_lora_shrink_forward
         self.expand = expand.chunked_sgmv_lora_expand_forward
@@ -322,11 +326,21 @@ def csgmv_batch_info(problem: Problem, chunk: int) -> types.SimpleNamespace:
     )
 
 
+SGMV_PACKAGES = ("sglang.kernels.ops.lora.dense", "sglang.kernels.ops.gemm")
+"""Of csgmv's kernels: of SGLang 0.5.22 and later, and of 0.5.17."""
+
+
+def sgmv_package(site: Path) -> str:
+    """That of SGMV_PACKAGES which holds the kernels in a folder of packages; empty if none does."""
+    found = (name for name in SGMV_PACKAGES if (site / name.replace(".", "/") / "chunked_sgmv_shrink.py").exists())
+    return next(found, "")
+
+
 def sglang_site() -> Path:
     if site := os.environ.get("OPS_SPEED_SGLANG_SITE"):
         return Path(site)
     for entry in sys.path:
-        if Path(entry, "sglang/kernels/ops/gemm").is_dir():
+        if sgmv_package(Path(entry)):
             return Path(entry)
     raise Missing("no sglang on the import path: set OPS_SPEED_SGLANG_SITE to the folder that holds it")
 
@@ -340,19 +354,14 @@ def load_file(name: str, path: Path) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def sglang_stand_ins() -> Iterator[None]:
-    """Modules named like SGLang's with what the kernel files import: no cache over Triton's own, and the GPU's name."""
+def sglang_stand_ins(package: str) -> Iterator[None]:
+    """Modules named like SGLang's with what the kernel files of `package` import: no cache over Triton's own, and the
+    GPU's name."""
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "sglang"}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    packages = (
-        "sglang",
-        "sglang.srt",
-        "sglang.srt.lora",
-        "sglang.kernels",
-        "sglang.kernels.ops",
-        "sglang.kernels.ops.gemm",
-    )
-    stand_ins = {name: types.ModuleType(name) for name in (*packages, "sglang.srt.utils", "sglang.srt.lora.utils")}
+    packages = ("sglang.srt.lora", *itertools.accumulate(package.split("."), "{}.{}".format), "sglang.srt")
+    modules = ("sglang.srt.utils", "sglang.srt.lora.utils", "sglang.srt.debug_utils.cuda_coredump")
+    stand_ins = {name: types.ModuleType(name) for name in (*packages, *modules)}
     stand_ins["sglang.srt.utils"].cached_triton_kernel = lambda key: lambda kernel: kernel
     stand_ins["sglang.srt.utils"].get_device_name = lambda: device
     stand_ins["sglang.srt.lora.utils"].LoRABatchInfo = types.SimpleNamespace

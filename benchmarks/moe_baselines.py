@@ -25,6 +25,8 @@ from baselines import Missing, installed_version
 from moe_problem import FP8, Problem, layer_arguments
 from moe_shapes import BLOCK, Case, Layer
 
+from ops_patches.moe_host_configs import answer_for_one_gpu
+
 Run = Callable[[int], torch.Tensor]
 SWEEP_SIZE = 40
 """Configs of a host's kernel that a sweep tries, at most."""
@@ -202,10 +204,6 @@ class VllmTuned(Vllm):
         return [self.default_config(case), *sample_configs(case)]
 
 
-class OneGpu:
-    world_size = 1
-
-
 class Sglang:
     """SGLang's fused_experts with the configs that it chooses itself, `_down` included."""
 
@@ -226,8 +224,7 @@ class Sglang:
             tools, f"{tools}.fused_moe", f"{tools}.fused_moe_triton_config", self.folder
         )
         self.runner_config = runner.MoeRunnerConfig
-        # Asked for the size of the tensor-parallel group alone, which no process group is needed for.
-        self.kernels.get_tp_group = lambda: OneGpu
+        answer_for_one_gpu(self.kernels)
         self.compiled_for: Layer | None = None
         self.version = installed_version("sglang")
 

@@ -25,6 +25,7 @@ from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ops_configs.files import replacing
@@ -230,7 +231,7 @@ class Sglang:
         self.kernels = importlib.import_module(f"{folder}.triton_utils.fused_moe")
         self.configs = importlib.import_module(f"{folder}.triton_utils.fused_moe_triton_config")
         self.runner_config = importlib.import_module(folder).MoeRunnerConfig
-        self.kernels.get_tp_group = lambda: _OneGpu  # asked for its size alone
+        answer_for_one_gpu(self.kernels)
 
     def default(self, target, tokens: int) -> Pair:
         """What SGLang would run: from its own files, or its heuristic."""
@@ -303,8 +304,11 @@ class Sglang:
                 shutil.copyfile(source, copy)
 
 
-class _OneGpu:
-    world_size = 1
+def answer_for_one_gpu(fused_moe: ModuleType) -> None:
+    """Answer what SGLang's fused_moe asks of its tensor-parallel group: its size, for which no group has to be made."""
+    group = SimpleNamespace(world_size=1)
+    fused_moe.get_tp_group = lambda: group  # 0.5.17
+    fused_moe.get_parallel = lambda: SimpleNamespace(tp_group=group)  # 0.5.22 and later
 
 
 HOSTS = {"vllm": Vllm, "sglang": Sglang}

@@ -15,16 +15,28 @@ import plots
 import pytest
 import shapes
 import torch
-from baselines import IMPLS, Missing, SglangTuned, VllmTuned, chunk_size, csgmv_batch_info, sglang_stand_ins
+from baselines import (
+    IMPLS,
+    SGMV_PACKAGES,
+    Missing,
+    SglangTuned,
+    VllmTuned,
+    chunk_size,
+    csgmv_batch_info,
+    sglang_stand_ins,
+)
 from problem import copies_for, make_problem, max_rel_error, reference, tolerance
 from shapes import MODELS, Case, Module
 from timing import H200_CEILINGS, Timing
 
 import lora_ops
 
+from .hosts.test_vllm_signatures import FETCH, unpacked
+
 QKV = MODELS["tiny"][0]
 SOURCES = Path(os.environ.get("LORA_OPS_HOST_SOURCES", Path(__file__).resolve().parent.parent / ".hosts"))
 VLLM_SOURCES = SOURCES / "vllm-0.26.0"
+SGLANG_TREES = [f"sglang-{version}" for version in FETCH["HOSTS"]["sglang"]]
 
 
 def run(*arguments: str) -> int:
@@ -273,7 +285,7 @@ def test_stand_ins_leave_no_trace():
     marker = object()
     sys.modules["sglang"] = marker
     try:
-        with sglang_stand_ins():
+        with sglang_stand_ins(SGMV_PACKAGES[0]):
             assert sys.modules["sglang"] is not marker
         assert sys.modules["sglang"] is marker
     finally:
@@ -363,7 +375,7 @@ def test_baseline_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
 @pytest.mark.skipif(not VLLM_SOURCES.is_dir(), reason=f"no {VLLM_SOURCES}: python scripts/fetch_host_sources.py")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU run checks them")
 def test_real_baseline_kernels_in_the_interpreter(tmp_path):
-    """vLLM 0.26.0's kernels (and SGLang's, where OPS_SPEED_SGLANG_SITE names them) against the same reference."""
+    """vLLM 0.26.0's kernels against the same reference."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(VLLM_SOURCES)}
     command = [sys.executable, ops_speed.__file__, *TINY, "--none-fraction", "0.3", "--out", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -371,7 +383,22 @@ def test_real_baseline_kernels_in_the_interpreter(tmp_path):
     assert "the Triton interpreter" in done.stdout
     versions = {row["impl"]: row["host_version"] for row in read(tmp_path)}
     assert versions["vllm_default"] == "0.26.0"
-    assert ("sglang_csgmv" in versions) == ("OPS_SPEED_SGLANG_SITE" in os.environ)
+
+
+@pytest.mark.host
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", SGLANG_TREES)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU run checks them")
+def test_real_sglang_kernels_in_the_interpreter(tmp_path, tree):
+    """csgmv of each version of SGLang that we know, against the same reference."""
+    site = unpacked(tree)
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OPS_SPEED_SGLANG_SITE": str(site)}
+    arguments = ["--none-fraction", "0.3", "--impl", "ours", "sglang_csgmv", "--out", str(tmp_path)]
+    command = [sys.executable, ops_speed.__file__, *TINY, *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    versions = {row["impl"]: row["host_version"] for row in read(tmp_path)}
+    assert f"sglang-{versions['sglang_csgmv']}" == tree
 
 
 def test_absent_sglang_is_named(monkeypatch, tmp_path):

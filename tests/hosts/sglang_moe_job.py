@@ -91,8 +91,13 @@ from sglang.srt.lora.lora_moe_runners import LoRAHooks  # noqa: E402
 from sglang.srt.runtime_context import get_parallel  # noqa: E402
 
 import moe_ops  # noqa: E402
+from moe_ops import reference  # noqa: E402
 from moe_ops.reference import quantize  # noqa: E402
+from moe_ops.tuning.layers import Target  # noqa: E402
+from moe_ops.tuning.measure import Bench  # noqa: E402
 from ops_configs import store  # noqa: E402
+from ops_configs.moe import MoeLayer  # noqa: E402
+from ops_patches import moe_host_configs  # noqa: E402
 
 RANKS = 3
 """Over which expert-parallel layers are spread."""
@@ -214,6 +219,25 @@ def hooks_that_add() -> LoRAHooks:
     return LoRAHooks(after_gate_up, after_down)
 
 
+TUNED = {"fp16": {}, "fp8 blocks": {"quant": "fp8_w8a8", "block_shape": BLOCK}, "int8 weights": {"quant": "int8_w8a16"}}
+
+
+def tuned() -> dict[str, float]:
+    """Root mean square of what SGLang gives over a batch of its tuner from our reference, relative to the largest."""
+    fused_moe.get_parallel = get_parallel  # SGLang's own, of no server
+    with mock.patch("sglang.srt.runtime_context.get_context"):  # server arguments are a stub here
+        host, found = moe_host_configs.Sglang(), {}
+    for name, more in TUNED.items():
+        layer = MoeLayer(EXPERTS, 2, HIDDEN, INNER, **more)
+        batch = Bench(Target(layer, "float16"), torch.device("cpu"), clock=False).batch(5)
+        with host.using(moe_host_configs.pair_of(CONFIG)):
+            out = host.run(batch, 0).double()
+        positional, keywords = batch.arguments(0)
+        expected = reference.fused_experts(*positional, **keywords).double()
+        found[name] = float((out - expected).square().mean().sqrt() / expected.abs().max())
+    return found
+
+
 def main() -> None:
     stand_ins()
     calls = {name: (make().fused,) * 2 for name, make in (CASES | LEFT).items()}
@@ -229,7 +253,8 @@ def main() -> None:
         calls["interleaved at load"] = (layer.fused, interleaved.fused)
     with get_parallel().override(moe_ep_size=RANKS):
         cases = compare(moe_ops.patch_sglang, lambda: moe_ops.status()["sglang"], calls)
-    print(json.dumps({"cases": cases, "layers": [choice["shape"] for choice in store.choices()]}))
+    layers = [choice["shape"] for choice in store.choices()]
+    print(json.dumps({"cases": cases, "layers": layers, "tuned": tuned()}))
 
 
 if __name__ == "__main__":

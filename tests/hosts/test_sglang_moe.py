@@ -68,6 +68,14 @@ def report(request) -> dict:
     return job(request.param)
 
 
+def test_the_tuner_runs_sglangs_kernels(report):
+    """With configs of its own, and no process group."""
+    assert set(report["tuned"]) == {"fp16", "fp8 blocks", "int8 weights"}
+    assert all(rms <= (QUANTISED if "8" in name else FP16) / 4 for name, rms in report["tuned"].items()), report[
+        "tuned"
+    ]
+
+
 def test_every_case_is_looked_at(report):
     assert set(report["cases"]) - {"interleaved at load"} == {*OURS, *LEFT}
 
