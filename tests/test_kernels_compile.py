@@ -185,6 +185,16 @@ def run_lora(tensors: tuple, tiles) -> None:
     lora_ops.launches.run_add(y, empty(*y.shape, dtype=y.dtype), tiles)
 
 
+def compiled_shrink(compiler, layer: str, rank: int, rows: int) -> Kernel:
+    """The shrink of a batch, into the planes that it has."""
+    _, x, a, _, _ = lora_layer(layer, rank, rows)
+    planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
+    with compiler.kernels() as kernels:
+        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
+    (kernel,) = kernels
+    return kernel
+
+
 def check_linear(compiler, layer: str, rank: int, rows: int, names: set[str]) -> None:
     """All launches of a batch compile; those of run_linear are `names`, each of which waits for the one before it."""
     with compiler.kernels() as kernels:
@@ -270,14 +280,10 @@ def test_shrink_of_unaligned_rows_does_not_spill(compiler, rank, slices, rows, k
 @pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
 def test_shrink_of_several_chunks_multiplies_while_it_loads(compiler, layer, rows, rank):
     """A step waits for the product of the step before, and for its own only where a chunk of K ends."""
-    _, x, a, _, _ = lora_layer(layer, rank, rows)
-    planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
-    with compiler.kernels() as kernels:
-        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
-    (kernel,) = kernels
+    kernel = compiled_shrink(compiler, layer, rank, rows)
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", kernel.ptx)
     assert waits.count("1") == 1, waits
-    check(kernels, most_stack=0)
+    check([kernel], most_stack=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 200, 5000])
@@ -309,11 +315,7 @@ def test_expand_of_aligned_rows_fetches_16_bytes(compiler, rank):
 @pytest.mark.parametrize("layer", ["qkv", "gate_up", "down"])
 def test_shrink_of_aligned_rows_fetches_16_bytes(compiler, layer, rank, rows):
     """Also in blocks of the columns of several slices."""
-    _, x, a, _, _ = lora_layer(layer, rank, rows)
-    planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
-    with compiler.kernels() as kernels:
-        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
-    (kernel,) = kernels
+    kernel = compiled_shrink(compiler, layer, rank, rows)
     assert "cp.async.cg.shared.global" in kernel.ptx
     assert "ld.global.b16" not in kernel.ptx
 

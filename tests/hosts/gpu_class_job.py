@@ -106,7 +106,7 @@ def launches_of(wrapper) -> int:
 
 
 class FastestLast:
-    """In place of the clock of a GPU: runs each call, and says that each capture but the first two is faster."""
+    """In place of the clock of a GPU: runs each call, and says that each capture is faster than the one before."""
 
     def __init__(self) -> None:
         self.captures = 0
