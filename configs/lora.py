@@ -89,12 +89,12 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
     if num_rows <= 4:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
-    programs = -(-k // 1024) * -(-slices * rank // 32)  # of a tile
-    if TILE_ROWS[1] < num_rows <= SMALL_BATCH and ranks > 32 and programs >= (23 if slices == 1 else 45):
-        # four warps also hold wide tiles, of which four, or two of several slices, then make programs enough
-        return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)
     if num_rows <= SMALL_BATCH:
-        return ShrinkConfig(min(ranks, 32), min(128, padded(k)), num_warps=2, num_stages=4)
+        if ranks <= 16:
+            return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
+        if ranks == 32 and num_rows <= TILE_ROWS[0]:
+            return ShrinkConfig(32, min(128, padded(k)), num_warps=2, num_stages=4)
+        return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)  # four warps also hold wide tiles
     if slices == 1 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
         if ranks == 64:
             return ShrinkConfig(32, min(128, padded(k)), num_warps=4, num_stages=4)
@@ -127,13 +127,14 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
         elif num_rows == 1 or (num_rows <= 4 and not gate_up):
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
+        elif wide and num_rows > 4 and ranks <= 64:
+            config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
             block_n = 256 if len(widths) == 1 else 128
             # four warps also hold wide tiles
             config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
-        elif wide and num_rows > 4 and ranks <= 64:
-            config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
         else:
+            warps = 4 if num_rows > 4 and 4 < planes <= 8 and not gate_up else warps
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)
     block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)
