@@ -28,6 +28,7 @@ SMALL_SHRINKS = (  # few rows: the adapters' weights have to come, a program bri
     (64, 128, 4, 3),
     (64, 128, 4, 4),
     (64, 128, 2, 4),
+    (64, 256, 4, 3),
 )
 LARGE_SHRINKS = (  # many rows: x has to come, once for as many columns as fit
     (16, 128, 4, 4),
@@ -54,6 +55,9 @@ SMALL_EXPANDS = (
     (256, 8, 2, 1),
     (128, 1, 3, 2),
     (128, 2, 3, 4),
+    (64, 4, 3, 4),  # several steps: many planes are added up once for all of them
+    (128, 8, 3, 4),
+    (256, 8, 3, 2),
 )
 LARGE_EXPANDS = (
     (64, 4, 2, 1),
