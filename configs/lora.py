@@ -87,11 +87,9 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
     ranks, columns = padded(rank), padded(slices * rank)
     if num_rows == 1:
         return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
-    if num_rows <= 4:
+    if num_rows <= 4 or (num_rows <= SMALL_BATCH and ranks <= 16):
         return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
     if num_rows <= SMALL_BATCH:
-        if ranks <= 16:
-            return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
         if ranks == 32 and num_rows <= TILE_ROWS[0]:
             return ShrinkConfig(32, min(128, padded(k)), num_warps=2, num_stages=4)
         return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)  # four warps also hold wide tiles
@@ -134,7 +132,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
             # four warps also hold wide tiles
             config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
         else:
-            warps = 4 if num_rows > 4 and 4 < planes <= 8 and not gate_up else warps
+            if num_rows > 4 and 4 < planes <= 8 and not gate_up:
+                warps = 4
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)
     block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)

@@ -68,7 +68,8 @@ def test_a_shrink_of_many_ranks_has_the_warps_for_wide_tiles():
     for _ in range(200):
         k, slices, rank = 64 * random.randint(1, 400), random.randint(1, 3), random.randint(33, 160)
         config = lora.shrink_default(k, slices, rank, random.randint(65, store.SMALL_BATCH))
-        assert config.num_warps == 4 and config.block_k >= 64, (k, slices, rank)
+        assert config.num_warps == 4, (k, slices, rank)
+        assert config.block_k >= 64, (k, slices, rank)
 
 
 @pytest.mark.parametrize(("widths", "rank", "rows"), [(GATE_UP, 128, 64), (QKV, 64, 256), ((4096,), 128, 64)])

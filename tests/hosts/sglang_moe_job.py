@@ -92,7 +92,6 @@ from sglang.srt.runtime_context import get_parallel  # noqa: E402
 
 import moe_ops  # noqa: E402
 from moe_ops import reference  # noqa: E402
-from moe_ops.reference import quantize  # noqa: E402
 from moe_ops.tuning.layers import Target  # noqa: E402
 from moe_ops.tuning.measure import Bench  # noqa: E402
 from ops_configs import store  # noqa: E402
@@ -118,13 +117,13 @@ def stand_ins() -> None:
     fused_moe.padding_size = kernels.padding_size = 0
 
     def grouped(quant):
-        return lambda x, group: quantize(x, quant, group=group)
+        return lambda x, group: reference.quantize(x, quant, group=group)
 
-    kernels.scaled_fp8_quant = lambda x, scale, use_per_token_if_dynamic: quantize(
+    kernels.scaled_fp8_quant = lambda x, scale, use_per_token_if_dynamic: reference.quantize(
         x, "fp8_w8a8", scale, per_token=use_per_token_if_dynamic and scale is None
     )
     kernels.per_token_group_quant_fp8 = grouped("fp8_w8a8")
-    kernels.per_token_quant_int8 = lambda x: quantize(x, "int8_w8a8", per_token=True)
+    kernels.per_token_quant_int8 = lambda x: reference.quantize(x, "int8_w8a8", per_token=True)
     kernels.per_token_group_quant_int8 = grouped("int8_w8a8")
 
 
@@ -174,7 +173,7 @@ class Layer(RandomLayer):
 
     def quantised_once(self) -> torch.Tensor:
         """fused_experts with tokens that come quantised, too."""
-        q, scale = quantize(self.hidden, self.quant, group=BLOCK[1])
+        q, scale = reference.quantize(self.hidden, self.quant, group=BLOCK[1])
         scales = {"w1_scale": self.s13, "w2_scale": self.s2, "a1_scale": scale, "a1_q": q}
         topk = StandardTopKOutput(self.weights, self.ids, None)
         arguments = (self.hidden, self.w13, self.w2, topk, self.config)
