@@ -67,8 +67,11 @@ class Kernel:
 class StandIn:
     """What Triton asks a driver before it compiles."""
 
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> object:
         return self  # kernels are kept by device: these are no other's
@@ -220,6 +223,20 @@ def test_lora(compiler, layer, rank, rows):
 )
 def test_lora_sums_planes(compiler, layer, rank, rows):
     check_linear(compiler, layer, rank, rows, {"shrink_kernel", "sum_planes_kernel", "expand_kernel"})
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank", "rows"), [("qkv", 64, 128), ("qkv", 128, 1024), ("down", 128, 4096), ("qkv", 16, 9000)]
+)
+def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows):
+    """The shared memory of compute capability 8.6, whose GPUs no file is for; the least that bf16 finds."""
+    monkeypatch.setattr(driver, "_active", StandIn(86))
+    monkeypatch.setattr(lora_ops.launches, "_supports_pdl", lambda device: False)
+    with compiler.kernels() as kernels:
+        run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
+    assert {kernel.name for kernel in kernels} >= {"shrink_kernel", "expand_kernel"}
+    large = [kernel for kernel in kernels if kernel.shared > 99 << 10]
+    assert not large, "\n".join(map(str, large))
 
 
 def test_lora_beside(compiler):
