@@ -67,8 +67,7 @@ class Kernel:
 class StandIn:
     """What Triton asks a driver before it compiles."""
 
-    def __init__(self, capability: int = 90) -> None:
-        self.capability = capability
+    capability = 90
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
@@ -230,7 +229,9 @@ def test_lora_sums_planes(compiler, layer, rank, rows):
 )
 def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows):
     """The shared memory of compute capability 8.6, whose GPUs no file is for; the least that bf16 finds."""
-    monkeypatch.setattr(driver, "_active", StandIn(86))
+    stand_in = StandIn()
+    stand_in.capability = 86
+    monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(lora_ops.launches, "_supports_pdl", lambda device: False)
     with compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
