@@ -85,14 +85,15 @@ KINDS = (SHRINK, EXPAND)
 def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfig:
     """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], where no tuned ones are known."""
     ranks, columns = padded(rank), padded(slices * rank)
-    if num_rows == 1:
-        return ShrinkConfig(16, min(256, padded(k)), num_warps=4, num_stages=4)
-    if num_rows <= 4 or (num_rows <= SMALL_BATCH and ranks <= 16):
-        return ShrinkConfig(16, min(256, padded(k)), num_warps=2, num_stages=4)
     if num_rows <= SMALL_BATCH:
+        block_k = min(256, padded(k))
+        if num_rows == 1:
+            return ShrinkConfig(16, block_k, num_warps=4, num_stages=4)
+        if num_rows <= 4 or ranks <= 16:
+            return ShrinkConfig(16, block_k, num_warps=2, num_stages=4)
         if ranks == 32 and num_rows <= TILE_ROWS[0]:
-            return ShrinkConfig(32, min(128, padded(k)), num_warps=2, num_stages=4)
-        return ShrinkConfig(32, min(256, padded(k)), num_warps=4, num_stages=3)  # four warps also hold wide tiles
+            return ShrinkConfig(32, min(128, block_k), num_warps=2, num_stages=4)
+        return ShrinkConfig(32, block_k, num_warps=4, num_stages=3)  # four warps also hold wide tiles
     if slices == 1 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
         if ranks == 64:
             return ShrinkConfig(32, min(128, padded(k)), num_warps=4, num_stages=4)
@@ -132,7 +133,7 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
             # four warps also hold wide tiles
             config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
         else:
-            if num_rows > 4 and 4 < planes <= 8 and not gate_up:
+            if 4 < planes <= 8 and not gate_up:
                 warps = 4
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)

@@ -96,6 +96,15 @@ class Compiler:
         return kernel
 
     @contextlib.contextmanager
+    def seeing(self, stand_in: StandIn):
+        """Triton sees this device inside, with nothing compiled for it before."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver, "_active", stand_in)
+            yield
+        for function in self.functions:
+            function.device_caches.pop(stand_in, None)
+
+    @contextlib.contextmanager
     def kernels(self):
         """A list, which holds in the end what was launched inside, each kernel once.
 
@@ -122,17 +131,19 @@ def _examined(name: str, constants: dict, kernel) -> Kernel:
 @pytest.fixture(scope="module")
 def compiler():
     """Triton sees an H200 that compiles and never launches, with nothing compiled before."""
-    compiler, stand_in = Compiler(), StandIn()
-    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder, store.forgetting():
+    compiler = Compiler()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        TemporaryDirectory() as folder,
+        store.forgetting(),
+        compiler.seeing(StandIn()),
+    ):
         patch.setenv("TRITON_CACHE_DIR", folder)
-        patch.setattr(driver, "_active", stand_in)
         patch.setattr(JITFunction, "run", lambda *args, **kwargs: compiler.run(*args, **kwargs))
         patch.setattr(Prepared, "__call__", Prepared.through_triton)
         for launches in (lora_ops.launches, moe_ops.launches):
             patch.setattr(launches, "_supports_pdl", lambda device: True)
         yield compiler
-        for function in compiler.functions:
-            function.device_caches.pop(stand_in, None)
 
 
 def check(kernels: list[Kernel], case: str = "", most_stack: int | None = MAX_STACK) -> None:
@@ -231,9 +242,8 @@ def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows)
     """The shared memory of compute capability 8.6, whose GPUs no file is for; the least that bf16 finds."""
     stand_in = StandIn()
     stand_in.capability = 86
-    monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(lora_ops.launches, "_supports_pdl", lambda device: False)
-    with compiler.kernels() as kernels:
+    with compiler.seeing(stand_in), compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
     assert {kernel.name for kernel in kernels} >= {"shrink_kernel", "expand_kernel"}
     large = [kernel for kernel in kernels if kernel.shared > 99 << 10]
