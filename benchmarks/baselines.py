@@ -69,12 +69,15 @@ class Ours:
         return [None]
 
     def bind(self, problem: Problem, config: None) -> Run:
+        from lora_ops import launches
+
         plan = self.lora_ops.LoraPlan(problem.case.tokens, problem.case.adapters, problem.device)
         plan.update(problem.slots.numpy())
         x, y, a, b = problem.x, problem.y, problem.lora_a, problem.lora_b
 
         def run(i: int) -> None:
-            self.lora_ops.lora_linear(y, x, a[i], b[i], plan)
+            with launches.capturing_one_step():
+                self.lora_ops.lora_linear(y, x, a[i], b[i], plan)
 
         return run
 

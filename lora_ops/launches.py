@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ops_configs.lora import TILE_ROWS, expand_config, shrink_config, tile_rows_for
-from ops_configs.store import register_kernels, row_bucket
+from ops_configs.store import SMALL_BATCH, register_kernels, row_bucket
 from ops_patches.library import INTERPRET
 from ops_patches.replay import recording_to
 
@@ -19,6 +22,9 @@ from .plan import plan_layout, tile_count_bound
 
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
 
+TILES_STEP = 16
+"""Tiles that a launch outside CUDA graphs has are rounded up to a multiple of it."""
+
 
 @functools.cache
 def _supports_pdl(device: torch.device) -> bool:
@@ -26,15 +32,56 @@ def _supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, num_tokens: int = 0):
-    """Tiles of a plan of num_tokens tokens for a batch of num_rows rows: padded, or a part of the step's tokens."""
+_one_step: contextvars.ContextVar[bool] = contextvars.ContextVar("one_step", default=False)
+
+
+@contextlib.contextmanager
+def capturing_one_step() -> Iterator[None]:
+    """For benchmarks: CUDA graphs captured inside serve the one step, so launches are those of outside."""
+    token = _one_step.set(True)
+    try:
+        yield
+    finally:
+        _one_step.reset(token)
+
+
+class Step(NamedTuple):
+    """What launches must know of a step; see `step_of`."""
+
+    tokens: int = 0
+    """Whose tiles a batch walks: the plan's, or with padding the rows of the batch."""
+    tiles: int | None = None
+    """Of TILE_ROWS[1] rows, at most; None: as many as any step of so many tokens has."""
+
+
+ANY_STEP = Step()
+
+
+def step_of(counts: torch.Tensor, rows: torch.Tensor) -> Step:
+    """The step of a plan, for a batch of these rows.
+
+    Batches of more than SMALL_BATCH rows run outside CUDA graphs, where a launch serves this step alone. The tiles are
+    rounded up: few numbers, so that later batches have the same form (ops_patches/replay.py).
+    """
+    tokens, _, tiles = counts.tolist()  # elements would be tensors, which take as long to make as a launch
+    num_rows = rows.shape[0] if rows.ndim else 0
+    tokens = max(tokens, num_rows)
+    if num_rows <= SMALL_BATCH or (rows.is_cuda and torch.cuda.is_current_stream_capturing() and not _one_step.get()):
+        return Step(tokens)
+    return Step(tokens, -(-tiles // TILES_STEP) * TILES_STEP)
+
+
+def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, step: Step = ANY_STEP):
+    """Tiles of a plan of this step for a batch of num_rows rows: padded, or a part of the step's tokens."""
     from .kernels.tiles import PLAN_TILES, Tiles
 
     rows = tile_rows_for(num_rows)
     layout = plan_layout(*layout_args)
     tile_slots = layout.section(arena, f"tile_slots_{rows}")
     tile_rows = layout.section(arena, f"tile_rows_{rows}")
-    count = min(tile_count_bound(max(num_rows, num_tokens), layout_args[1], rows), tile_slots.numel())
+    count = min(tile_count_bound(max(num_rows, step.tokens), layout_args[1], rows), tile_slots.numel())
+    if step.tiles is not None:
+        count = min(count, step.tiles)
     wide = None
     if rows == TILE_ROWS[0] and row_bucket(num_rows) > TILE_ROWS[1]:  # fewer rows fill no two of them
         wide = tuple(layout.section(arena, name) for name in ("wide_tiles", "tile_slots_64", "tile_rows_64"))

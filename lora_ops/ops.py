@@ -33,6 +33,7 @@ from .launches import (
     run_linear,
     run_shrink,
     segment_tiles,
+    step_of,
 )
 from .plan import SMALL_BATCH, LoraPlan, plan_args, plan_layout
 
@@ -52,11 +53,6 @@ def _plan_slots(arena: torch.Tensor, counts: torch.Tensor, layout_args: Sequence
 def _num_active(counts: torch.Tensor) -> int:
     """Adapters that the step uses. counts[1] would be a tensor, which takes as long to make as a launch."""
     return counts.tolist()[1]
-
-
-def _spanned(counts: torch.Tensor, rows: torch.Tensor) -> int:
-    """Tokens whose tiles a batch of these rows walks: the plan's, or with padding more."""
-    return max(counts.tolist()[0], rows.shape[0] if rows.ndim else 0)
 
 
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
@@ -95,22 +91,22 @@ def _check_shrink(op: str, x, lora_a, out, arena, layout) -> list[torch.Tensor]:
 
 
 @replayed
-def _shrink_kernels(op, x, lora_a, out, arena, layout, tokens, scale) -> None:
-    """Check and compile the shrink and run it, over a plan of so many tokens."""
+def _shrink_kernels(op, x, lora_a, out, arena, layout, step, scale) -> None:
+    """Check and compile the shrink and run it, over a plan of this step."""
     weights = _check_shrink(op, x, lora_a, out, arena, layout)
     if x.shape[0] == 0:
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(run_shrink, x, weights[group], out[group], scale)
         compile_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, row_buckets())
-        kernels(plan_tiles(arena, layout, x.shape[0], tokens))
+        kernels(plan_tiles(arena, layout, x.shape[0], step))
 
 
 @_register(f"lora_shrink(Tensor x, Tensor[] lora_a, Tensor(a!) out, {PLAN_SCHEMA}, float scale)")
 def _lora_shrink(x, lora_a, out, arena, counts, layout, scale):
     layer = ("lora_shrink", x, lora_a, out, arena, layout)
     if uses_kernels(x):
-        _shrink_kernels(*layer, _spanned(counts, x), scale)
+        _shrink_kernels(*layer, step_of(counts, x), scale)
         return
     weights = _check_shrink(*layer)
     if x.shape[0] > 0:
@@ -129,8 +125,8 @@ def _check_expand(op: str, h, lora_b, y, arena, layout, offset: int) -> list[tor
 
 
 @replayed
-def _expand_kernels(op, h, lora_b, y, arena, layout, tokens, idle, offset, add_inputs) -> None:
-    """Check and compile the expand and run it, over a plan of so many tokens; idle: none of them has an adapter."""
+def _expand_kernels(op, h, lora_b, y, arena, layout, step, idle, offset, add_inputs) -> None:
+    """Check and compile the expand and run it, over a plan of this step; idle: none of them has an adapter."""
     weights = _check_expand(op, h, lora_b, y, arena, layout, offset)
     if y.shape[0] == 0 or (add_inputs and idle):
         return
@@ -138,7 +134,7 @@ def _expand_kernels(op, h, lora_b, y, arena, layout, tokens, idle, offset, add_i
         kernels = functools.partial(run_expand, h[group].contiguous(), weights[group], y, offset, add_inputs)
         layer = (_layer_key(op, y, *weights[group]), h.dtype, offset, add_inputs)
         compile_plan(kernels, layer, arena, layout, row_buckets())
-        kernels(plan_tiles(arena, layout, y.shape[0], tokens))
+        kernels(plan_tiles(arena, layout, y.shape[0], step))
         offset += sum(b.shape[1] for b in weights[group])
 
 
@@ -147,7 +143,7 @@ def _lora_expand(h, lora_b, y, arena, counts, layout, offset, add_inputs):
     layer = ("lora_expand", h, lora_b, y, arena, layout)
     idle = _num_active(counts) == 0
     if lora_b and uses_kernels(lora_b[0]):
-        _expand_kernels(*layer, _spanned(counts, y), idle, offset, add_inputs)
+        _expand_kernels(*layer, step_of(counts, y), idle, offset, add_inputs)
         return
     weights = _check_expand(*layer, offset)
     if y.shape[0] > 0 and not (add_inputs and idle):
@@ -181,8 +177,8 @@ def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, s
 
 
 @replayed
-def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, scale, offset, add_inputs, small) -> None:
-    """Check and compile the layer and if `runs` run it, over a plan of so many tokens.
+def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, step, runs, scale, offset, add_inputs, small) -> None:
+    """Check and compile the layer and if `runs` run it, over a plan of this step.
 
     small: out is `lora_delta`'s, x has no more rows, and nothing of the stream comes before the launches.
     """
@@ -198,7 +194,7 @@ def _linear_kernels(op, out, x, lora_a, lora_b, arena, layout, tokens, runs, sca
         layer = _layer_key(op, x, out, *a[group], *b[group]), offset, add_inputs
         compile_plan(kernels, layer, arena, layout, batches)
         if runs:
-            kernels(plan_tiles(arena, layout, x.shape[0], tokens))
+            kernels(plan_tiles(arena, layout, x.shape[0], step))
         offset += sum(weight.shape[1] for weight in b[group])
 
 
@@ -207,7 +203,7 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
     layer = (op, y, x, lora_a, lora_b, arena, layout)
     if uses_kernels(x):
         runs = x.numel() > 0 and not (add_inputs and _num_active(counts) == 0)
-        _linear_kernels(*layer, _spanned(counts, x), runs, scale, offset, add_inputs, False)
+        _linear_kernels(*layer, step_of(counts, x), runs, scale, offset, add_inputs, False)
         return
     a, b = _check_linear(*layer, offset, False)
     if x.shape[0] > 0:
@@ -237,7 +233,7 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
             reference.lora_linear(delta[: x.shape[0]], x, a, b, slots, scale, 0, False)
         return
     if x.ndim == 2 and _fits_beside(x, counts):
-        launch = functools.partial(_linear_kernels, *layer, _spanned(counts, x), True, scale, 0, False, True)
+        launch = functools.partial(_linear_kernels, *layer, step_of(counts, x), True, scale, 0, False, True)
         run_beside(launch, x.device)
     else:
         op, delta, x, *weights = layer
@@ -260,18 +256,18 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     else:
         _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True)
     if in_place and uses_kernels(x):
-        _add_kernels(op, y, delta, arena, layout, _spanned(counts, y), beside)
+        _add_kernels(op, y, delta, arena, layout, step_of(counts, y), beside)
     elif in_place and beside:
         reference.lora_add(y, delta, _plan_slots(arena, counts, layout))
 
 
 @replayed
-def _add_kernels(op, y, delta, arena, layout, tokens, runs) -> None:
-    """Compile the sum of `lora_join` and if `runs` run it, over a plan of so many tokens."""
+def _add_kernels(op, y, delta, arena, layout, step, runs) -> None:
+    """Compile the sum of `lora_join` and if `runs` run it, over a plan of this step."""
     add = functools.partial(run_add, y, delta)
     compile_plan(add, _layer_key(op, y, delta), arena, layout, [SMALL_BATCH])
     if runs:
-        add(plan_tiles(arena, layout, y.shape[0], tokens))
+        add(plan_tiles(arena, layout, y.shape[0], step))
 
 
 def linear_beside(

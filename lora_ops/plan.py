@@ -156,8 +156,9 @@ class LoraPlan:
 
     Attributes:
         arena: int32 device tensor that holds every section.
-        counts: int32 CPU tensor [2]: tokens of the step, active adapters of the step. A CPU tensor, so that
-            torch.compile treats the numbers as data and an op can leave early without a sync.
+        counts: int32 CPU tensor [3]: tokens of the step, active adapters of the step, its tiles of 64 rows (of steps of
+            up to SMALL_BATCH tokens, too). A CPU tensor, so that torch.compile treats the numbers as data and an op can
+            leave early without a sync.
 
     One thread updates a plan. A copy of one, or one that was pickled, is a new plan of no tokens.
     """
@@ -170,7 +171,7 @@ class LoraPlan:
         self.has_offsets = has_offsets
         self.device = torch.device(device)
         self.layout = plan_layout(max_tokens, max_slots, has_offsets)
-        self.counts = torch.zeros(2, dtype=torch.int32)
+        self.counts = torch.zeros(3, dtype=torch.int32)
         self._counts = self.counts.numpy()
         self.arena = torch.zeros(self.layout.size, dtype=torch.int32, device=self.device)
         self._starts = tuple(start if length else -1 for start, length in self.layout.offsets.values())
@@ -252,12 +253,12 @@ class LoraPlan:
         self._pool.sends(staging)
         staging.expect(self.arena, self._blank.size + tiles * TILE_ROWS[1])
         self._staging, self._num_groups = staging, groups
-        self._counts[:] = slots.size, num_active
+        self._counts[:] = slots.size, num_active, tiles
 
     def expect_any_step(self) -> None:
         """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""
         self._built = None
-        self._counts[:] = self.max_tokens, 1
+        self._counts[:] = self.max_tokens, 1, tile_count_bound(self.max_tokens, self.max_slots, TILE_ROWS[1])
 
     def _make_blank(self) -> np.ndarray:
         """What every section holds beyond a step's values, up to tile_rows_64, which a step fills as far as it goes."""

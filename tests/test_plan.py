@@ -107,6 +107,8 @@ def test_tiles_cover_each_token_once_with_its_slot(planned, rows):
     tiles = int((tile_slots != NO_TILE).sum())
     assert (tile_slots[tiles:] == NO_TILE).all(), "tiles first, sentinels after them"
     assert tiles <= tile_count_bound(slots.size, plan.max_slots, rows) <= tile_slots.size
+    if rows == TILE_ROWS[1]:
+        assert plan.counts[2] == tiles, "as many as a launch of a large batch walks"
     seen = []
     for slot, members in zip(tile_slots[:tiles], tile_rows[:tiles], strict=True):
         live = members[members >= 0]
@@ -171,6 +173,7 @@ def test_a_plan_that_expects_any_step_counts_as_full_until_the_next():
     before = plan.arena.clone()
     plan.expect_any_step()
     assert (plan.num_tokens, plan.num_active) == (100, 1)
+    assert plan.counts[2] == tile_count_bound(100, 3, 64)
     plan.update([2, 0])
     assert (plan.num_tokens, plan.num_active) == (2, 2)
     assert torch.equal(plan.arena, before)
@@ -309,7 +312,7 @@ def test_a_copy_is_a_plan_of_its_own():
         other.update([2, 2, 0], 5)
         assert other.token_slots.tolist() == [2, 2, 0]
         assert other.section("offsets").tolist() == [10, 10, 0, 0, 0, 0, 0, 0]
-        assert other.counts.tolist() == [3, 2]
+        assert other.counts.tolist() == [3, 2, 2]
     assert plan.token_slots.tolist() == [3, 1]
 
 

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import lora_ops.ops
 import moe_ops.ops
 from lora_ops.kernels.add import add
+from lora_ops.launches import Step, capturing_one_step, step_of
 from lora_ops.plan import LoraPlan, plan_args
 from ops_configs import store
 from ops_patches import recording, replay
@@ -146,21 +147,21 @@ def lora(op: str, rows: int, layer: str = "qkv", rank: int = 16) -> tuple:
     plan = LoraPlan(rows, SLOTS, "cpu")
     arena, _, layout = plan_args(plan)
     out = empty(lora_ops.ops.SMALL_BATCH, y.shape[1]) if op == "lora_delta" else y
-    return op, out, x, a, b, arena, layout, rows, True, 0.5, 0, op != "lora_delta", op == "lora_delta"
+    return op, out, x, a, b, arena, layout, Step(rows), True, 0.5, 0, op != "lora_delta", op == "lora_delta"
 
 
 def halves(rows: int) -> tuple:
     """Arguments of lora_ops.ops._shrink_kernels and those of _expand_kernels, in memory of their own."""
     y, x, a, b, h = lora_layer("qkv", 16, rows)
     arena, _, layout = plan_args(LoraPlan(rows, SLOTS, "cpu"))
-    plan = arena, layout, rows
+    plan = arena, layout, Step(rows)
     return ("lora_shrink", x, a, h, *plan, 0.5), ("lora_expand", h, b, y, *plan, False, 0, True)
 
 
 def add_of(rows: int) -> tuple:
     """Arguments of lora_ops.ops._add_kernels, in memory of their own."""
     arena, _, layout = plan_args(LoraPlan(rows, SLOTS, "cpu"))
-    return "lora_join", empty(rows, 256), empty(lora_ops.ops.SMALL_BATCH, 256), arena, layout, rows, True
+    return "lora_join", empty(rows, 256), empty(lora_ops.ops.SMALL_BATCH, 256), arena, layout, Step(rows), True
 
 
 LORA, MOE = (lora_ops.ops._linear_kernels, lora), (moe_ops.ops._replayed_layer, moe)
@@ -555,6 +556,44 @@ def test_tiles_of_a_part_of_the_tokens(raw):
             grids.append((name, tokens, max((x for _, _, (x, _, _), _ in raw.seen), default=0)))
     for (name, _, all_tokens), (_, _, few) in zip(grids[:5], grids[5:], strict=True):
         assert all_tokens > few > 0, name
+
+
+def test_large_batches_launch_the_tiles_of_their_step(raw, monkeypatch):
+    """Rounded up to 16, so that other steps are of the same form; a CUDA graph's launches serve any step."""
+    rows, any_step = 2000, 40
+    plan = LoraPlan(rows, SLOTS, "cpu")
+    steps = {  # slots, and the tiles launched for 32, 9 * 4, 2 * 2 and 1
+        "one adapter": ([3] * rows, 32),
+        "all and none": ([token % 9 - 1 for token in range(rows)], any_step),
+        "few tokens": ([1, 2] * 100, 16),
+        "none": ([-1] * 7, 16),
+    }
+
+    def grids() -> dict[str, list[int]]:
+        """Programs of each launch of each op."""
+        found = {}
+        for name, call in lora_ops_of(plan, rows, False).items():
+            call()
+            raw.seen = []
+            call()
+            found[name] = [x for _, _, (x, _, _), _ in raw.seen if x > 0]
+        return found
+
+    plan.expect_any_step()
+    full = grids()
+    for step, (slots, tiles) in steps.items():
+        plan.update(slots)
+        for name, programs in grids().items():
+            if programs:
+                assert programs == [x // any_step * tiles for x in full[name]], (step, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            assert step_of(plan.counts, empty(rows, 4)) == Step(rows)
+            with capturing_one_step():
+                assert step_of(plan.counts, empty(rows, 4)) == Step(rows, -(-tiles // 16) * 16)
+    assert step_of(plan.counts, empty(512, 4)) == Step(512)
+    assert step_of(plan.counts, empty(())) == Step(7)
 
 
 def test_pieces_are_those_of_the_batch(raw):

@@ -15,7 +15,7 @@ from ops_configs.clock import GRAPH_US, LOSER, Clock, too_large
 from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, pinned
 
 from .. import reference
-from ..launches import plan_tiles, run_linear
+from ..launches import capturing_one_step, plan_tiles, run_linear
 from ..ops import lora_linear
 from ..plan import LoraPlan, plan_args
 from .layers import Layer
@@ -144,7 +144,8 @@ class Batch:
         return a, b
 
     def run(self, y: torch.Tensor, plan: LoraPlan, i: int) -> None:
-        lora_linear(y, self.x, *self.weights(plan, i), plan)
+        with capturing_one_step():
+            lora_linear(y, self.x, *self.weights(plan, i), plan)
 
     def error(self, pair: Pair) -> float:
         """Greatest relative error of a row (Euclidean norms) against fp32 in any mix; NaN when an output is NaN."""

@@ -158,7 +158,7 @@ def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
         plan.expect_any_step()
     else:
         plan.update([0] * rows)
-    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows, plan.num_tokens)
+    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows, launches.Step(plan.num_tokens))
     x, base = layer.x[:rows], layer.y[:rows].clone()
     for tokens, lowest in ((rows, -1), (rows // 2, 0), (0, 0), (400, 0), (400, -1), (600, -1), (600, 39)):
         plan.update(np.random.default_rng().integers(lowest, 40, tokens))
@@ -167,6 +167,22 @@ def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
         launches.run_linear(y, x, layer.lora_a, layer.lora_b, 1.0, 0, True, tiles)
         reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan)
         assert_close(y, expected, tolerance(torch.float16))
+
+
+@pytest.mark.parametrize(
+    "slots", [[39] * 600, list(range(40)) * 15, [5, -1, 38, 0] * 150, [7] * 520 + [-1] * 9, [-1] * 600]
+)
+def test_large_batches_walk_the_tiles_of_their_step(device, slots):
+    """Not all that a step of as many tokens may have: every row of the step is written, and none of the padding."""
+    layer = make_layer(Case(600, 64, (32, 24), 8, 40, "tiles"), torch.float16, device)
+    layer.plan.update([token % 41 - 1 for token in range(600)])  # more tiles, that later launches must not walk
+    layer.plan.update(slots)
+    expected = torch.full_like(layer.y, 3.0).float()
+    layer.y.fill_(3.0)
+    layer.y[: len(slots), : layer.width] = nan
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, add_inputs=False)
+    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, add_inputs=False)
+    assert_close(layer.y, expected, tolerance(torch.float16))
 
 
 WIDE_CONFIGS = ShrinkConfig(16, 64, num_warps=4, num_stages=3), ExpandConfig(32, 64, num_warps=4, num_stages=2, steps=1)
@@ -202,7 +218,7 @@ def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, config
     layer = wide_layer(k, device)
     plan, rows = layer.plan, 150
     plan.update([0] * rows)
-    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows, rows)
+    tiles = launches.plan_tiles(*plan_args(plan)[::2], rows)
     assert tiles.held_wide(64, torch.float16, num_warps=4) == 64
     x, base, width = layer.x[:rows], layer.y[:rows], layer.width
     for slots, wide in map(WIDE_STEPS.get, steps):
