@@ -1,8 +1,8 @@
 """Launch parameters of the LoRA kernels: tuned ones from files, and analytic defaults from the sizes of a layer.
 
 Nothing here changes a result: the order of summation is fixed in `lora_ops.config`. The thresholds come from tuning
-Llama-3-8B's layers on an H200 (ranks 8 to 128, 1 to 8192 tokens; benchmarks/results/NVIDIA_H200/tune_lora.csv), and
-from alternatives that took turns over the layers of three models on an H100.
+the layers of four models on an H200 (ranks 8 to 128, 1 to 8192 tokens; benchmarks/results/NVIDIA_H200/tune_lora.csv),
+and from alternatives that took turns over the layers of three models on an H100.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         if ranks == 32 and num_rows <= TILE_ROWS[0]:
             return ShrinkConfig(32, min(128, block_k), num_warps=2, num_stages=4)
         return ShrinkConfig(32, block_k, num_warps=4, num_stages=3)  # four warps also hold wide tiles
+    if slices == 1 and 1024 < num_rows <= 2048 and ranks == 64 and k > 4096:
+        return ShrinkConfig(64, 128, num_warps=8, num_stages=4)
     if slices == 1 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
         if ranks == 64:
             return ShrinkConfig(32, min(128, padded(k)), num_warps=4, num_stages=4)
@@ -121,7 +123,11 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
         block_r, warps = min(ranks, 64), 1 if ranks <= 32 else 2
         wide = widest > 8192
         gate_up = len(widths) == 2 and widest > 4096
-        if gate_up and ((num_rows == 1 and ranks == 64) or (1 < num_rows <= 4 and ranks > 64)):
+        if planes > 8 and ranks >= 32:  # eight warps add them up, at rank 32 once for two steps
+            block_n = 128 if ranks > 64 and num_rows <= 4 else 256
+            stages, steps = 3 if ranks == 32 or block_n == 128 else 2, 2 if ranks == 32 else 1
+            config = ExpandConfig(min(block_n, widest), block_r, num_warps=8, num_stages=stages, steps=steps)
+        elif gate_up and ((num_rows == 1 and ranks == 64) or (1 < num_rows <= 4 and ranks > 64)):
             config = ExpandConfig(256, block_r, num_warps=4, num_stages=2, steps=1)
         elif num_rows == 1 or (num_rows <= 4 and not gate_up):
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)

@@ -72,6 +72,16 @@ def test_a_shrink_of_many_ranks_has_the_warps_for_wide_tiles():
         assert config.block_k >= 64, (k, slices, rank)
 
 
+@pytest.mark.parametrize("rank", [32, 48, 64, 128])
+def test_an_expand_of_many_planes_has_the_warps_to_add_them_up(rank):
+    for rows in (1, 4, 16, 64, 512):
+        assert lora.expand_default((5120,), rank, rows, 13).num_warps == 8
+        assert lora.expand_default((5120,), rank, rows, 8).num_warps < 8
+        assert lora.expand_default((5120,), 16, rows, 13).num_warps < 8
+    assert lora.expand_default((5120,), 32, 64, 13).steps == 2, "added up once for both"
+    assert lora.expand_default((24,), rank, 64, 13).block_n == 32, "no wider than the slice"
+
+
 @pytest.mark.parametrize(("widths", "rank", "rows"), [(GATE_UP, 128, 64), (QKV, 64, 256), ((4096,), 128, 64)])
 def test_an_expand_of_complete_sums_has_the_warps_for_wide_tiles(widths, rank, rows):
     assert lora.expand_default(widths, rank, rows, 1).num_warps == 4
