@@ -33,7 +33,9 @@ def panels(table: pd.DataFrame, title: str, label: str):
     """A figure with a row for each rank and a column for each module; yields (axes, rows of that panel)."""
     ranks, modules = sorted(table["rank"].unique()), list(table["module"].unique())
     size = (5.2 * len(modules), 3.6 * len(ranks))
-    figure, grid = plt.subplots(len(ranks), len(modules), figsize=size, squeeze=False, sharey=True)
+    figure, grid = plt.subplots(
+        len(ranks), len(modules), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     figure.suptitle(title)
     parts = []
     for i, rank in enumerate(ranks):
@@ -55,8 +57,7 @@ def panels(table: pd.DataFrame, title: str, label: str):
 
 def save(figure, parts, path: Path) -> Path:
     handles = {label: h for axes, _ in parts for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
