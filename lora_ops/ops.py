@@ -18,7 +18,7 @@ import torch
 
 from ops_configs.lora import row_buckets
 from ops_patches.library import op_library, uses_kernels
-from ops_patches.replay import replayed
+from ops_patches.replay import ALIGNMENT, replayed
 
 from . import checks, reference
 from .config import MAX_SLICES
@@ -55,9 +55,14 @@ def _num_active(counts: torch.Tensor) -> int:
     return counts.tolist()[1]
 
 
+def _memory_key(tensor: torch.Tensor) -> tuple:
+    """What a kernel is compiled for of a pointer: dtype, and whether the address is aligned."""
+    return tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0
+
+
 def _layer_key(name: str, *tensors: torch.Tensor) -> tuple:
-    """What a kernel is compiled for: device, and dtype, columns and strides of each tensor."""
-    return (name, tensors[0].device, *((t.dtype, t.shape[1:], t.stride()) for t in tensors))
+    """What a kernel is compiled for: device, and of each tensor its pointer, columns and strides."""
+    return (name, tensors[0].device, *((*_memory_key(t), t.shape[1:], t.stride()) for t in tensors))
 
 
 def _slice_groups(slices: int) -> Iterator[slice]:
@@ -98,7 +103,8 @@ def _shrink_kernels(op, x, lora_a, out, arena, layout, step, scale) -> None:
         return
     for group in _slice_groups(len(weights)):
         kernels = functools.partial(run_shrink, x, weights[group], out[group], scale)
-        compile_plan(kernels, _layer_key(op, x, *weights[group]), arena, layout, row_buckets())
+        layer = _layer_key(op, x, *weights[group]), _memory_key(out[group])
+        compile_plan(kernels, layer, arena, layout, row_buckets())
         kernels(plan_tiles(arena, layout, x.shape[0], step))
 
 
@@ -131,8 +137,9 @@ def _expand_kernels(op, h, lora_b, y, arena, layout, step, idle, offset, add_inp
     if y.shape[0] == 0 or (add_inputs and idle):
         return
     for group in _slice_groups(len(weights)):
-        kernels = functools.partial(run_expand, h[group].contiguous(), weights[group], y, offset, add_inputs)
-        layer = (_layer_key(op, y, *weights[group]), h.dtype, offset, add_inputs)
+        slices = h[group].contiguous()
+        kernels = functools.partial(run_expand, slices, weights[group], y, offset, add_inputs)
+        layer = _layer_key(op, y, *weights[group]), _memory_key(slices), offset, add_inputs
         compile_plan(kernels, layer, arena, layout, row_buckets())
         kernels(plan_tiles(arena, layout, y.shape[0], step))
         offset += sum(b.shape[1] for b in weights[group])

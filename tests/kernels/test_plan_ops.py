@@ -548,6 +548,37 @@ def test_equal_slices_at_another_offset_are_another_layer(device, monkeypatch):
     assert len(seen) == len(set(seen)) == 4
 
 
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values and strides, an element further on in memory."""
+    memory = torch.empty(tensor.numel() + 1, device=tensor.device, dtype=tensor.dtype)[1:]
+    return memory.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("which", ["x", "y", "lora_a", "lora_b", "h", "out"])
+def test_unaligned_memory_is_another_layer(device, monkeypatch, which):
+    """Triton compiles for addresses of 16 bytes, or for any."""
+    seen = []
+    monkeypatch.setattr(ops, "compile_plan", lambda kernels, layer, *plan: seen.append(layer))
+    layer = make_layer(Case(4, 32, (8, 16), 8, 2, "aligned"), torch.float16, device)
+    layer.plan.update([0, 1, -1, 0])
+    tensors = {"x": layer.x.contiguous(), "y": layer.y.contiguous(), "lora_a": layer.lora_a, "lora_b": layer.lora_b}
+    tensors["h"] = torch.zeros(2, 4, 8, device=device, dtype=torch.float16)
+    tensors["out"] = torch.zeros(2, 4, 8, device=device)
+
+    def run(x, y, lora_a, lora_b, h, out):
+        if which in ("x", "lora_a", "out"):
+            lora_ops.lora_shrink(x, lora_a, out, layer.plan)
+        if which in ("y", "lora_b", "h"):
+            lora_ops.lora_expand(h, lora_b, y, layer.plan)
+        if which not in ("h", "out"):
+            lora_ops.lora_linear(y, x, lora_a, lora_b, layer.plan)
+
+    run(**tensors)
+    moved = tensors[which]
+    run(**tensors | {which: [shifted(t) for t in moved] if isinstance(moved, list) else shifted(moved)})
+    assert len(seen) == len(set(seen)) == (2 if which in ("h", "out") else 4)
+
+
 @pytest.mark.parametrize("warm", ["first call", "warmup"])
 def test_nothing_compiles_after(device, warm):
     """The first call of a layer, or warmup(), compiles all its kernels; later batches of any size compile nothing."""
