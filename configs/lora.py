@@ -125,7 +125,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
         gate_up = len(widths) == 2 and widest > 4096
         if planes > 8 and ranks >= 32:  # eight warps add them up, at rank 32 once for two steps
             block_n = 128 if ranks > 64 and num_rows <= 4 else 256
-            stages, steps = 3 if ranks == 32 or block_n == 128 else 2, 2 if ranks == 32 else 1
+            stages = 3 if ranks == 32 or block_n == 128 else 2
+            steps = 2 if ranks == 32 and all(width % (2 * block_n) == 0 for width in widths) else 1
             config = ExpandConfig(min(block_n, widest), block_r, num_warps=8, num_stages=stages, steps=steps)
         elif gate_up and ((num_rows == 1 and ranks == 64) or (1 < num_rows <= 4 and ranks > 64)):
             config = ExpandConfig(256, block_r, num_warps=4, num_stages=2, steps=1)

@@ -23,7 +23,7 @@ from .plan import plan_layout, tile_count_bound
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
 
 TILES_STEP = 16
-"""Tiles that a launch outside CUDA graphs has are rounded up to a multiple of it."""
+"""Such a launch has a multiple of so many tiles; see `step_of`."""
 
 
 @functools.cache
@@ -60,8 +60,8 @@ ANY_STEP = Step()
 def step_of(counts: torch.Tensor, rows: torch.Tensor) -> Step:
     """The step of a plan, for a batch of these rows.
 
-    Batches of more than SMALL_BATCH rows run outside CUDA graphs, where a launch serves this step alone. The tiles are
-    rounded up: few numbers, so that later batches have the same form (ops_patches/replay.py).
+    A launch of a batch of more than SMALL_BATCH rows outside a CUDA graph serves this step alone, and needs no tiles of
+    another. They are rounded up: few numbers, so that later batches have the same form (ops_patches/replay.py).
     """
     tokens, _, tiles = counts.tolist()  # elements would be tensors, which take as long to make as a launch
     num_rows = rows.shape[0] if rows.ndim else 0
@@ -80,7 +80,7 @@ def plan_tiles(arena: torch.Tensor, layout_args: Sequence[int], num_rows: int, s
     tile_slots = layout.section(arena, f"tile_slots_{rows}")
     tile_rows = layout.section(arena, f"tile_rows_{rows}")
     count = min(tile_count_bound(max(num_rows, step.tokens), layout_args[1], rows), tile_slots.numel())
-    if step.tiles is not None:
+    if step.tiles is not None and rows == TILE_ROWS[1]:
         count = min(count, step.tiles)
     wide = None
     if rows == TILE_ROWS[0] and row_bucket(num_rows) > TILE_ROWS[1]:  # fewer rows fill no two of them

@@ -23,6 +23,7 @@ from ops_patches.replay import ALIGNMENT, replayed
 from . import checks, reference
 from .config import MAX_SLICES
 from .launches import (
+    ANY_STEP,
     compile_plan,
     join_side,
     plan_tiles,
@@ -210,7 +211,8 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
     layer = (op, y, x, lora_a, lora_b, arena, layout)
     if uses_kernels(x):
         runs = x.numel() > 0 and not (add_inputs and _num_active(counts) == 0)
-        _linear_kernels(*layer, step_of(counts, x), runs, scale, offset, add_inputs, False)
+        step = step_of(counts, x) if runs else ANY_STEP
+        _linear_kernels(*layer, step, runs, scale, offset, add_inputs, False)
         return
     a, b = _check_linear(*layer, offset, False)
     if x.shape[0] > 0:
@@ -244,7 +246,7 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
         run_beside(launch, x.device)
     else:
         op, delta, x, *weights = layer
-        _linear_kernels(op, delta, x[:SMALL_BATCH] if x.ndim else x, *weights, 0, False, scale, 0, False, True)
+        _linear_kernels(op, delta, x[:SMALL_BATCH] if x.ndim else x, *weights, ANY_STEP, False, scale, 0, False, True)
 
 
 # delta stands before y: torch.compile moves producers next to their reader in this order, and lora_delta must fork off
@@ -263,7 +265,7 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     else:
         _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, 0, True)
     if in_place and uses_kernels(x):
-        _add_kernels(op, y, delta, arena, layout, step_of(counts, y), beside)
+        _add_kernels(op, y, delta, arena, layout, step_of(counts, y) if beside else ANY_STEP, beside)
     elif in_place and beside:
         reference.lora_add(y, delta, _plan_slots(arena, counts, layout))
 

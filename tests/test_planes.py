@@ -79,7 +79,9 @@ def test_an_expand_of_many_planes_has_the_warps_to_add_them_up(rank):
         assert lora.expand_default((5120,), rank, rows, 8).num_warps < 8
         assert lora.expand_default((5120,), 16, rows, 13).num_warps < 8
     assert lora.expand_default((5120,), 32, 64, 13).steps == 2, "added up once for both"
-    assert lora.expand_default((24,), rank, 64, 13).block_n == 32, "no wider than the slice"
+    narrow = lora.expand_default((24,), rank, 64, 13)
+    assert (narrow.block_n, narrow.steps) == (32, 1), "no wider than the slice"
+    assert lora.expand_default((2304,), 32, 64, 13).steps == 1, "no step beyond it"
 
 
 @pytest.mark.parametrize(("widths", "rank", "rows"), [(GATE_UP, 128, 64), (QKV, 64, 256), ((4096,), 128, 64)])

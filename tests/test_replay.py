@@ -593,6 +593,8 @@ def test_large_batches_launch_the_tiles_of_their_step(raw, monkeypatch):
             with capturing_one_step():
                 assert step_of(plan.counts, empty(rows, 4)) == Step(rows, -(-tiles // 16) * 16)
     assert step_of(plan.counts, empty(512, 4)) == Step(512)
+    many = lora_ops.launches.plan_tiles(*plan_args(plan)[::2], 512, Step(1000, 16))
+    assert many.count == lora_ops.launches.plan_tiles(*plan_args(plan)[::2], 512, Step(1000)).count > 16, "of 16 rows"
     assert step_of(plan.counts, empty(())) == Step(7)
 
 
