@@ -60,7 +60,7 @@ class Ours:
     swept = False
 
     def __init__(self) -> None:
-        import lora_ops
+        import lora_ops.launches
 
         self.lora_ops = lora_ops
         self.version = installed_version("serving-ops")
@@ -69,14 +69,12 @@ class Ours:
         return [None]
 
     def bind(self, problem: Problem, config: None) -> Run:
-        from lora_ops import launches
-
         plan = self.lora_ops.LoraPlan(problem.case.tokens, problem.case.adapters, problem.device)
         plan.update(problem.slots.numpy())
         x, y, a, b = problem.x, problem.y, problem.lora_a, problem.lora_b
 
         def run(i: int) -> None:
-            with launches.capturing_one_step():
+            with self.lora_ops.launches.capturing_one_step():
                 self.lora_ops.lora_linear(y, x, a[i], b[i], plan)
 
         return run

@@ -94,8 +94,6 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         if ranks == 32 and num_rows <= TILE_ROWS[0]:
             return ShrinkConfig(32, min(128, block_k), num_warps=2, num_stages=4)
         return ShrinkConfig(32, block_k, num_warps=4, num_stages=3)  # four warps also hold wide tiles
-    if slices == 1 and 1024 < num_rows <= 2048 and ranks == 64 and k > 4096:
-        return ShrinkConfig(64, 128, num_warps=8, num_stages=4)
     if slices == 1 and num_rows <= 1024 and ranks >= 64:  # few programs: they share out the columns
         if ranks == 64:
             return ShrinkConfig(32, min(128, padded(k)), num_warps=4, num_stages=4)
@@ -104,7 +102,8 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         return ShrinkConfig(64, min(64, padded(k)), num_warps=4, num_stages=6)
     if ranks > 64:
         return ShrinkConfig(min(columns, 128), min(64, padded(k)), num_warps=4, num_stages=4)
-    if slices == 1 and ranks > 16 and num_rows > 4096:
+    long_steps = num_rows > 4096 or (ranks == 64 and num_rows <= 2048 and k > 4096)
+    if slices == 1 and ranks > 16 and long_steps:
         return ShrinkConfig(min(columns, 64), min(128, padded(k)), num_warps=8, num_stages=4)
     if slices > 1 and ranks == 16 and columns == 64 and num_rows > 4096:
         return ShrinkConfig(64, min(128, padded(k)), num_warps=8, num_stages=4)

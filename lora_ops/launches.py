@@ -23,7 +23,7 @@ from .plan import plan_layout, tile_count_bound
 register_kernels("lora_ops", Path(__file__).parent / "kernels")
 
 TILES_STEP = 16
-"""Such a launch has a multiple of so many tiles; see `step_of`."""
+"""A launch for one step alone has a multiple of so many tiles; see `step_of`."""
 
 
 @functools.cache
