@@ -63,13 +63,15 @@ class ConfigFile:
 
 
 def shared_bytes(config: Any) -> int:
-    """Shared memory that a config may need, at most: a step's two operands in each stage, 64 rows, 2-byte elements.
+    """Shared memory that a config of a LoRA kernel may need, at most, with 64 rows and 2-byte elements.
 
-    The rows of an expand are fp32 until they are multiplied.
+    Of a shrink what its stages multiply. Of an expand B in its stages, h and y, or h in fp32 before them.
     """
-    first, second = (getattr(config, field.name) for field in fields(config) if field.name.startswith("block_"))
-    stages = 2 * config.num_stages * (first * second + 64 * (first + second))
-    return max(stages, 2 * second * (first + 2 * 64)) if hasattr(config, "block_r") else stages
+    n, stages = config.block_n, config.num_stages
+    if hasattr(config, "block_k"):
+        return 2 * stages * config.block_k * (64 + n)
+    r = config.block_r
+    return 2 * max(stages * r * n + 64 * (r + n), r * (n + 2 * 64))
 
 
 def parse_fields(value: object, kind: type) -> Any:

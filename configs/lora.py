@@ -100,16 +100,16 @@ def shrink_default(k: int, slices: int, rank: int, num_rows: int) -> ShrinkConfi
         if k > 4096:
             return ShrinkConfig(64, 128, num_warps=8, num_stages=4)
         return ShrinkConfig(64, min(64, padded(k)), num_warps=4, num_stages=6)
-    if ranks > 64:
-        return ShrinkConfig(min(columns, 128), min(64, padded(k)), num_warps=4, num_stages=4)
-    long_steps = num_rows > 4096 or (ranks == 64 and num_rows <= 2048 and k > 4096)
-    if slices == 1 and ranks > 16 and long_steps:
-        return ShrinkConfig(min(columns, 64), min(128, padded(k)), num_warps=8, num_stages=4)
-    if slices > 1 and ranks == 16 and columns == 64 and num_rows > 4096:
+    if columns == 256 and num_rows > 1024:  # x comes once
+        return ShrinkConfig(256, min(64, padded(k)), num_warps=8, num_stages=5)
+    if columns > 128 or (columns == 128 and num_rows > 1024):
+        stages = 6 if num_rows > 1024 else 4
+        return ShrinkConfig(128, min(64, padded(k)), num_warps=4, num_stages=stages)
+    if columns == 128 or (columns == 64 and num_rows > 4096):
         return ShrinkConfig(64, min(128, padded(k)), num_warps=8, num_stages=4)
-    wide = ranks == 32 and 1024 < num_rows <= 4096  # all columns of three slices
-    block_n = min(columns, 128 if wide else 64)
-    return ShrinkConfig(block_n, min(128 if columns <= 32 else 64, padded(k)), num_warps=4, num_stages=4)
+    if columns == 64:
+        return ShrinkConfig(64, min(64, padded(k)), num_warps=4, num_stages=6)
+    return ShrinkConfig(columns, min(128, padded(k)), num_warps=4, num_stages=4)
 
 
 def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: int) -> ExpandConfig:
@@ -143,18 +143,21 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
                 warps = 4
             config = ExpandConfig(min(256, widest), block_r, warps, num_stages=2, steps=1)
         return _runnable(config, rank)
-    block_n = min(64 if ranks > 64 and num_rows >= 2048 else 128, widest)
-    blocks = num_rows // 64 * sum(-(-width // block_n) for width in widths)
-    if num_rows > 4096 and block_n > 64 and blocks < 3000:
-        steps = 1  # several would leave too few programs
-    elif num_rows > 4096 or block_n == 64:
-        steps = 8 if blocks >= 6000 else 4
-    elif whole:
-        steps = 1
-    else:  # there are planes of h to add up: worth it for several steps, if enough programs are left
-        steps = 4 if ranks >= 64 or blocks >= (600 if num_rows <= 1024 else 700) else 1
-    stages = 2 if steps == 1 or (ranks > 64 and block_n == 128) else 3
-    return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages, steps=steps), rank)
+    if ranks > 64:
+        block_n, stages, steps = 64, 2, 8 if num_rows > 1024 else 4
+    elif ranks == 64 and whole:
+        block_n, stages, steps = 64, 2, 4
+    elif ranks == 64:
+        block_n, stages, steps = 64, 3, 8 if num_rows > 1024 else 4
+    else:
+        block_n, stages, steps = 64 if whole and num_rows <= 1024 else 128, 3, 4
+    block_n = min(block_n, widest)
+    blocks = num_rows // TILE_ROWS[1] * sum(-(-width // block_n) for width in widths)
+    while steps > 1 and blocks < 128 * steps:  # too few programs
+        steps //= 2
+    return _runnable(
+        ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages if steps > 1 else 2, steps=steps), rank
+    )
 
 
 def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:
@@ -178,16 +181,15 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
 
 
 def _fitted(config, num_rows: int, dtype, device):
-    """For fp32, multiplied on CUDA cores: with fewer columns and ranks, whose sums and factors a thread keeps.
+    """With fewer stages, then shorter steps, of a shrink that would need more shared memory than the GPU has.
 
-    Of the shrink then with fewer stages and shorter steps, so that it has the memory. The defaults are made for 2-byte
-    elements, which tensor cores multiply, and which fit everywhere.
+    For fp32, multiplied on CUDA cores, with fewer columns and ranks, whose sums and factors a thread keeps: the
+    defaults are made for 2-byte elements, which tensor cores multiply.
     """
-    if dtype.itemsize == 2:
-        return config
-    config = replace(config, block_n=min(config.block_n, 64))
+    if dtype.itemsize > 2:
+        config = replace(config, block_n=min(config.block_n, 64))
     if isinstance(config, ExpandConfig):
-        return replace(config, block_r=min(config.block_r, 16))
+        return replace(config, block_r=min(config.block_r, 16)) if dtype.itemsize > 2 else config
     rows, shared = tile_rows_for(num_rows), shared_bytes(device)
     while config.num_stages * (rows + config.block_n) * config.block_k * dtype.itemsize > shared:
         if config.num_stages > 2:

@@ -349,7 +349,7 @@ def test_every_shipped_file_is_valid_and_complete(monkeypatch):
 
 @pytest.mark.parametrize("kib", [99, 163, 227])
 @pytest.mark.parametrize("rank", [8, 64, 128, 512])
-def test_fp32_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
+def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(kib << 10))
     for rows in store.BUCKETS:
         tile = tile_rows_for(rows)
@@ -359,4 +359,9 @@ def test_fp32_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, r
         assert 4 * expand.num_stages * (tile + expand.block_n) * expand.block_r <= kib << 10
         assert shrink.num_stages >= 2 <= expand.num_stages
         assert min(shrink.block_k, expand.block_r) >= min(16, rank)
-        assert lora.shrink_config(14336, 2, rank, rows, BF16, CUDA) == lora.shrink_default(14336, 2, rank, rows)
+        shrink, default = (
+            lora.shrink_config(14336, 2, rank, rows, BF16, CUDA),
+            lora.shrink_default(14336, 2, rank, rows),
+        )
+        assert 2 * shrink.num_stages * (tile + shrink.block_n) * shrink.block_k <= kib << 10
+        assert shrink == default or (kib < 227 and shrink.num_stages >= 2)

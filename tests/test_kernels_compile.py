@@ -243,7 +243,8 @@ def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows)
     stand_in = StandIn()
     stand_in.capability = 86
     monkeypatch.setattr(lora_ops.launches, "_supports_pdl", lambda device: False)
-    with compiler.seeing(stand_in), compiler.kernels() as kernels:
+    monkeypatch.setattr(lora, "shared_bytes", lambda device: 99 << 10)
+    with store.forgetting(), compiler.seeing(stand_in), compiler.kernels() as kernels:
         run_lora(lora_layer(layer, rank, rows), plan_tiles(rows))
     assert {kernel.name for kernel in kernels} >= {"shrink_kernel", "expand_kernel"}
     large = [kernel for kernel in kernels if kernel.shared > 99 << 10]

@@ -21,15 +21,48 @@ from ops_configs.lora import ExpandConfig
 from ops_patches.launch import cdiv, prepared
 
 from .shrink import sum_h
-from .tiles import Tiles, fetched_block, fetched_singly, load_tile, select_slice, slice_pointers
+from .tiles import FEW_ROWS, PLAN_TILES, Tiles, fetched_block, fetched_singly, load_tile, select_slice, slice_pointers
 
 
 @triton.jit
-def load_b(b_ptr, columns, ranks, width, RANK: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr):
-    """B^T block [BLOCK_R, BLOCK_N]; zero where the rank or the column is padding."""
+def over_rows(values, FLIPPED: tl.constexpr):
+    """Values of rows for a block [rows, columns], with FLIPPED [columns, rows]."""
+    if FLIPPED:
+        values = values[None, :]
+    else:
+        values = values[:, None]
+    return values
+
+
+@triton.jit
+def over_columns(values, FLIPPED: tl.constexpr):
+    """Values of columns for a block [rows, columns], with FLIPPED [columns, rows]."""
+    if FLIPPED:
+        values = values[:, None]
+    else:
+        values = values[None, :]
+    return values
+
+
+@triton.jit
+def load_b(
+    b_ptr, columns, ranks, width, RANK: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, FLIPPED: tl.constexpr
+):
+    """Block [BLOCK_R, BLOCK_N] of B^T, with FLIPPED of B; zero where the rank or the column is padding."""
     if EVEN_R and EVEN_N:
         return tl.load(b_ptr)
-    return tl.load(b_ptr, mask=(ranks < RANK)[:, None] & (columns < width)[None, :], other=0.0)
+    mask = over_rows(ranks < RANK, FLIPPED) & over_columns(columns < width, FLIPPED)
+    return tl.load(b_ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def product(h, b, acc, FLIPPED: tl.constexpr):
+    """acc + h @ B^T, all but h transposed with FLIPPED."""
+    if FLIPPED:
+        acc = tl.dot(b, tl.trans(h), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(h, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -60,49 +93,62 @@ def expand_rows(
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y[rows, a run of STEPS blocks of columns of one slice]. y is the first summand of the product, so that the
-    compiler fetches it ahead as it does B."""
+    """y[rows, a run of STEPS blocks of columns of one slice].
+
+    Fewer rows than the 16 that a product takes are its second dimension: y's blocks and B's are transposed, FLIPPED.
+    The compiler fetches B of the steps ahead. y, the first summand of a product, it does not: each step fetches that of
+    the next one.
+    """
     EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
     BLOCK_M: tl.constexpr = rows.shape[0]
+    FLIPPED: tl.constexpr = BLOCK_M < 16
     ranks = tl.arange(0, BLOCK_R)
     columns = column + tl.arange(0, BLOCK_N)
-    y = y_ptr + rows[:, None].to(tl.int64) * y_stride + (first_column + columns)[None, :]  # [BLOCK_M, BLOCK_N]
+    live_rows = over_rows(live, FLIPPED)
+    # [BLOCK_M, BLOCK_N]
+    y = y_ptr + over_rows(rows.to(tl.int64) * y_stride, FLIPPED) + over_columns(first_column + columns, FLIPPED)
     if slot < 0:
         if PDL:  # the next kernel relies on all before this one
             tl.extra.cuda.gdc_wait()
         if ZERO_OTHERS:
             if slot == -1:
-                zeros = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+                zeros = tl.zeros(y.shape, y_ptr.dtype.element_ty)
                 for step in range(STEPS):
-                    y_mask = live[:, None] & (columns + step * BLOCK_N < width)[None, :]
+                    y_mask = live_rows & over_columns(columns + step * BLOCK_N < width, FLIPPED)
                     tl.store(y + step * BLOCK_N, zeros, mask=y_mask)
     else:
         b_block = b_ptr + slot.to(tl.int64) * slot_stride
-        b_block += columns[None, :] * B_ROW_STRIDE + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+        b_block += over_columns(columns * B_ROW_STRIDE, FLIPPED) + over_rows(ranks, FLIPPED)  # [BLOCK_R, BLOCK_N]
+        # B and y were complete when the shrink started: they are on their way while it still runs
+        y_mask = live_rows if EVEN_N else live_rows & over_columns(columns < width, FLIPPED)
         if STEPS == 1:
-            # B and y were complete when the shrink started: they are on their way while it still runs
-            b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-            y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if ADD_INPUTS:
-                acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+            b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N, FLIPPED)
+        if ADD_INPUTS:
+            y_next = tl.load(y, mask=y_mask, other=0.0)  # of the step that comes next
+            if STEPS == 1:
+                y_next = y_next.to(tl.float32)
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
         h = h.to(b_ptr.dtype.element_ty)
-        for _step in range(STEPS):
+        for step in range(STEPS):
             if STEPS > 1:
-                b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N)
-                y_mask = live[:, None] if EVEN_N else live[:, None] & (columns < width)[None, :]
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                if ADD_INPUTS:
-                    acc = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
-            acc = tl.dot(h, b, acc, input_precision="ieee")
+                b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N, FLIPPED)
+                y_mask = live_rows if EVEN_N else live_rows & over_columns(columns < width, FLIPPED)
+            acc = tl.zeros(y.shape, tl.float32)
+            if ADD_INPUTS:
+                acc = y_next.to(tl.float32)
+                if STEPS > 1:
+                    next_mask = live_rows & (step + 1 < STEPS)
+                    if not EVEN_N:
+                        next_mask = next_mask & over_columns(columns + BLOCK_N < width, FLIPPED)
+                    y_next = tl.load(y + BLOCK_N, mask=next_mask, other=0.0)
+            acc = product(h, b, acc, FLIPPED)
             for r0 in tl.static_range(BLOCK_R, RANK, BLOCK_R):
                 more = sum_h(h_ptr, rows, live, ranks + r0, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
-                b = load_b(b_block + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N)
-                acc = tl.dot(more.to(b.dtype), b, acc, input_precision="ieee")
+                b = load_b(b_block + r0, columns, ranks + r0, width, RANK, EVEN_R, EVEN_N, FLIPPED)
+                acc = product(more.to(b.dtype), b, acc, FLIPPED)
             tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
             b_block += BLOCK_N * B_ROW_STRIDE
             y += BLOCK_N
@@ -150,7 +196,7 @@ def expand_kernel(
     """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
     A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. With WIDE, tiles are the wide
-    ones in a step that has them.
+    ones in a step that has them. Of a tile of 16 rows that holds FEW_ROWS at most, only those are computed.
     """
     RUN: tl.constexpr = STEPS * BLOCK_N
     RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
@@ -214,6 +260,31 @@ def expand_kernel(
                     )
             elif PDL:
                 tl.extra.cuda.gdc_wait()
+            return
+    if TILES == PLAN_TILES and BLOCK_M == 2 * FEW_ROWS:
+        if tl.load(rows_ptr + tile * BLOCK_M + FEW_ROWS) < 0:  # the first half holds all rows
+            slot, few_rows, few_live = load_tile(
+                2 * tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, FEW_ROWS, 2
+            )
+            expand_rows(
+                slot,
+                few_rows,
+                few_live,
+                column,
+                *operands,
+                RANK,
+                SLICES,
+                B_ROW_STRIDE,
+                PLANES,
+                GROUP,
+                ADD_INPUTS,
+                ZERO_OTHERS,
+                EVEN_N,
+                BLOCK_N,
+                BLOCK_R,
+                STEPS,
+                PDL,
+            )
             return
     expand_rows(
         slot,

@@ -116,8 +116,13 @@ def shrink_rows(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """out[index, :, rows, :] in a block of columns."""
+    """out[index, :, rows, :] in a block of columns.
+
+    With EARLY the next kernel starts at once, and fetches while this one multiplies. If not, when all sums are made:
+    large tiles leave room for its programs on some multiprocessors alone, where they would stay together.
+    """
     NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
     EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
     BLOCK_M: tl.constexpr = rows.shape[0]
@@ -133,7 +138,8 @@ def shrink_rows(
     out_mask = live[:, None] & in_columns[None, :]
     if PDL:  # what ran before is complete, also for the kernel that starts now
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     if slot < 0:
         if PLANES == 1:
             if slot == -1:
@@ -170,6 +176,8 @@ def shrink_rows(
             BLOCK_K,
             STAGES,
         )
+        if PDL and not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.store(out, total, mask=out_mask)
 
 
@@ -215,6 +223,7 @@ def shrink_kernel(
     make enough programs.
     """
     BLOCKS: tl.constexpr = (SLICES * RANK + BLOCK_N - 1) // BLOCK_N
+    EARLY: tl.constexpr = BLOCK_M == 16
     pid = tl.program_id(0)
     index = pid // BLOCKS % PLANES
     tile = pid // (BLOCKS * PLANES)
@@ -245,6 +254,7 @@ def shrink_kernel(
                     BLOCK_K // 4,  # and one stage more: the shared memory that the rows below take, or little more
                     STAGES + 1,
                     PDL,
+                    EARLY,
                 )
             elif PDL:
                 tl.extra.cuda.gdc_wait()
@@ -266,6 +276,7 @@ def shrink_kernel(
         BLOCK_K,
         STAGES,
         PDL,
+        EARLY,
     )
 
 
@@ -412,7 +423,7 @@ def shrink(
         out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K or of groups of them.
         tiles: which rows belong to which slot.
         pdl: start before the previous kernel of the stream has finished and wait for it inside, and let the next one do
-            the same.
+            the same, with tiles of 64 rows when the sums are made.
         first: with pdl, what comes before is no kernel of this stream: start when it is complete.
     """
     planes, slices, num_rows, rank = out.shape

@@ -20,6 +20,9 @@ WIDE_ROWS = TILE_ROWS[1]
 WIDE_PROGRAMS = tl.constexpr(90)
 """Programs that wide tiles must make for a shrink to take them: for two thirds of an H200's multiprocessors."""
 
+FEW_ROWS = tl.constexpr(8)
+"""Rows that tensor cores take as the second dimension of a product, at least; as the first they take 16."""
+
 FETCHED = 16
 """Elements that a thread fetches a step at most, where it fetches each by itself: `fetched_singly`."""
 

@@ -30,47 +30,54 @@ SMALL_SHRINKS = (  # few rows: the adapters' weights have to come, a program bri
     (64, 128, 2, 4),
     (64, 256, 4, 3),
 )
-LARGE_SHRINKS = (  # many rows: x has to come, once for as many columns as fit
+LARGE_SHRINKS = (  # many rows: x has to come, once for as many columns as fit; one program fills a multiprocessor
     (16, 128, 4, 4),
+    (16, 128, 4, 6),
+    (32, 64, 4, 4),
+    (32, 64, 4, 8),
     (32, 128, 4, 4),
-    (32, 128, 4, 6),
+    (32, 128, 8, 4),
     (64, 64, 4, 4),
     (64, 64, 4, 6),
-    (64, 128, 4, 3),
     (64, 128, 8, 4),
     (128, 64, 4, 4),
-    (128, 64, 8, 4),
-    (256, 64, 8, 3),
+    (128, 64, 4, 6),
+    (128, 128, 8, 4),
+    (256, 64, 8, 5),
 )
 # (block_n, num_warps, num_stages, steps)
 SMALL_EXPANDS = (
     (64, 1, 2, 1),
     (128, 1, 2, 1),
     (256, 1, 2, 1),
-    (64, 2, 2, 1),
     (128, 2, 2, 1),
     (256, 2, 2, 1),
     (128, 4, 2, 1),
     (256, 4, 2, 1),
     (256, 8, 2, 1),
-    (128, 1, 3, 2),
+    (128, 1, 3, 4),
+    (128, 2, 2, 2),
     (128, 2, 3, 4),
+    (64, 2, 3, 8),
     (64, 4, 3, 4),  # several steps: many planes are added up once for all of them
+    (128, 4, 3, 4),
+    (256, 4, 2, 2),
     (128, 8, 3, 4),
     (256, 8, 3, 2),
 )
 LARGE_EXPANDS = (
-    (64, 4, 2, 1),
     (128, 4, 2, 1),
-    (128, 8, 2, 1),
+    (128, 4, 2, 2),
+    (64, 4, 2, 4),
+    (64, 4, 3, 4),
     (64, 4, 3, 8),
-    (64, 4, 4, 16),
+    (64, 4, 2, 8),
+    (64, 4, 2, 16),
     (128, 4, 2, 4),
     (128, 4, 3, 4),
-    (128, 4, 3, 8),
+    (128, 8, 3, 4),
     (128, 8, 3, 8),
-    (256, 8, 2, 4),
-    (256, 8, 3, 4),
+    (128, 8, 3, 16),
 )
 COUNT = 1 + max(map(len, (SMALL_SHRINKS, LARGE_SHRINKS, SMALL_EXPANDS, LARGE_EXPANDS)))
 """Candidates of a kernel at most, the analytic default among them."""

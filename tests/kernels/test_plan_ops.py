@@ -248,6 +248,42 @@ def test_wide_tiles_have_the_bits_of_others(device, dtype, k, configs):
     assert torch.equal(wide, narrow)
 
 
+def few_rows_layer(rows: int, device: str, dtype: torch.dtype) -> Layer:
+    """Of one tile with an adapter and one without, of so many rows each."""
+    layer = make_layer(Case(2 * rows, 64, (80, 48), 24, 3, "few rows"), dtype, device)
+    layer.plan.update([2, -1] * rows)
+    return layer
+
+
+@pytest.mark.parametrize("add_inputs", [True, False])
+@pytest.mark.parametrize(("block_n", "steps"), [(64, 1), (16, 3)])  # a run divides neither width, or one
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+def test_tiles_of_few_rows(device, dtype, rows, block_n, steps, add_inputs):
+    """Half a tile at most is multiplied the other way round."""
+    layer = few_rows_layer(rows, device, dtype)
+    expected = reference_linear(layer, layer.y, 0.5, add_inputs)
+    if not add_inputs:
+        layer.y[:, layer.window] = nan
+    args = (layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, layer.offset, add_inputs)
+    with pinned(2 * rows, None, ExpandConfig(block_n, 32, num_warps=1, num_stages=3, steps=steps)):
+        lora_ops.lora_linear(layer.y, *args)
+    assert_close(layer.y[:, layer.window], expected[:, layer.window], tolerance(dtype))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("rows", [9, 16])
+def test_tiles_of_few_rows_have_the_bits_of_others(device, dtype, rows, steps):
+    if device == "cpu":
+        pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
+    layer = few_rows_layer(rows, device, dtype)
+    many, few = layer.y.clone(), layer.y[:16].clone()
+    with pinned(2 * rows, None, ExpandConfig(16, 32, num_warps=1, num_stages=3, steps=steps)):
+        lora_ops.lora_linear(many, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
+        layer.plan.update([2, -1] * 8)
+        lora_ops.lora_linear(few, layer.x[:16], layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
+    assert torch.equal(few, many[:16])
+
+
 def test_bf16_weights_without_a_gpu_take_the_reference(device):
     """Triton's interpreter multiplies bf16 as bit patterns."""
     if device != "cpu":
