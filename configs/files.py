@@ -63,7 +63,7 @@ class ConfigFile:
 
 
 def shared_bytes(config: Any) -> int:
-    """Shared memory that a config of a LoRA kernel may need, at most, with 64 rows and 2-byte elements.
+    """Shared memory that a config of a LoRA kernel may need, at most, with 64 rows and 2-byte elements, y too.
 
     Of a shrink what its stages multiply. Of an expand B in its stages, h and y, or h in fp32 before them.
     """

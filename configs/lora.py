@@ -180,23 +180,28 @@ def pinned(num_rows: int, shrink: ShrinkConfig | None, expand: ExpandConfig | No
         _pinned = None
 
 
+def fitted(config: ShrinkConfig, num_rows: int, itemsize: int, shared: int) -> ShrinkConfig:
+    """With fewer stages, then shorter steps, if a program would need more than `shared` bytes of shared memory."""
+    rows = tile_rows_for(num_rows)
+    while config.num_stages * (rows + config.block_n) * config.block_k * itemsize > shared:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        else:
+            config = replace(config, block_k=config.block_k // 2)
+    return config
+
+
 def _fitted(config, num_rows: int, dtype, device):
-    """With fewer stages, then shorter steps, of a shrink that would need more shared memory than the GPU has.
+    """A default that fits the GPU; see `fitted`.
 
     For fp32, multiplied on CUDA cores, with fewer columns and ranks, whose sums and factors a thread keeps: the
     defaults are made for 2-byte elements, which tensor cores multiply.
     """
     if dtype.itemsize > 2:
         config = replace(config, block_n=min(config.block_n, 64))
-    if isinstance(config, ExpandConfig):
-        return replace(config, block_r=min(config.block_r, 16)) if dtype.itemsize > 2 else config
-    rows, shared = tile_rows_for(num_rows), shared_bytes(device)
-    while config.num_stages * (rows + config.block_n) * config.block_k * dtype.itemsize > shared:
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
-        else:
-            config = replace(config, block_k=config.block_k // 2)
-    return config
+    if isinstance(config, ShrinkConfig):
+        return fitted(config, num_rows, dtype.itemsize, shared_bytes(device))
+    return replace(config, block_r=min(config.block_r, 16)) if dtype.itemsize > 2 else config
 
 
 def _nearest_expand(entries: files.Entries, rank: int, bucket: int) -> files.Key | None:

@@ -273,7 +273,7 @@ def tune(args: argparse.Namespace, gpus: list[int], console: Console) -> int:
     paths = []
     if verified:
         on = decide.kept(verified, tuned)
-        paths = write_files(folder, decide.entries(verified, tuned, on), meta, args)
+        paths = write_files(folder, decide.entries(verified, tuned, on, tuning.most_shared(gpus[0])), meta, args)
         report(folder, args, verified, tuned, on, meta, console)
     return tuning.close(console, folder, paths, started, len(verified), len(cases))
 

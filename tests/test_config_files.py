@@ -363,5 +363,9 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
             lora.shrink_config(14336, 2, rank, rows, BF16, CUDA),
             lora.shrink_default(14336, 2, rank, rows),
         )
+        expand = lora.expand_config((28672, 4096), rank, rows, BF16, CUDA, 4)
+        needed = 2 * default.num_stages * (tile + default.block_n) * default.block_k
         assert 2 * shrink.num_stages * (tile + shrink.block_n) * shrink.block_k <= kib << 10
-        assert shrink == default or (kib < 227 and shrink.num_stages >= 2)
+        assert (shrink == default) == (needed <= kib << 10)
+        assert shrink.num_stages >= 2
+        assert tile < 64 or files.shared_bytes(expand) <= 99 << 10  # which is of 64 rows

@@ -198,12 +198,12 @@ def run_lora(tensors: tuple, tiles) -> None:
     lora_ops.launches.run_add(y, empty(*y.shape, dtype=y.dtype), tiles)
 
 
-def compiled_shrink(compiler, layer: str, rank: int, rows: int) -> Kernel:
+def compiled_shrink(compiler, layer: str, rank: int, rows: int, pdl: bool = False) -> Kernel:
     """The shrink of a batch, into the planes that it has."""
     _, x, a, _, _ = lora_layer(layer, rank, rows)
     planes = empty(num_planes(x.shape[1], len(a), rank, rows), len(a), rows, rank, dtype=torch.float32)
     with compiler.kernels() as kernels:
-        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows))
+        lora_ops.launches.run_planes(x, a, planes, 0.5, plan_tiles(rows), pdl=pdl)
     (kernel,) = kernels
     return kernel
 
@@ -236,7 +236,8 @@ def test_lora_sums_planes(compiler, layer, rank, rows):
 
 
 @pytest.mark.parametrize(
-    ("layer", "rank", "rows"), [("qkv", 64, 128), ("qkv", 128, 1024), ("down", 128, 4096), ("qkv", 16, 9000)]
+    ("layer", "rank", "rows"),
+    [("qkv", 64, 128), ("qkv", 128, 1024), ("down", 128, 4096), ("qkv", 16, 9000), ("gate_up", 128, 9000)],
 )
 def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows):
     """The shared memory of compute capability 8.6, whose GPUs no file is for; the least that bf16 finds."""
@@ -249,6 +250,15 @@ def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows)
     assert {kernel.name for kernel in kernels} >= {"shrink_kernel", "expand_kernel"}
     large = [kernel for kernel in kernels if kernel.shared > 99 << 10]
     assert not large, "\n".join(map(str, large))
+
+
+@pytest.mark.parametrize(("rows", "early"), [(64, True), (300, True), (600, False), (9000, False)])
+def test_when_the_kernel_after_a_shrink_starts(compiler, rows, early):
+    """Before the first product, or after the last."""
+    ptx = compiled_shrink(compiler, "qkv", 64, rows, pdl=True).ptx
+    starts = [found.start() for found in re.finditer(r"griddepcontrol\.launch_dependents", ptx)]
+    products = [found.start() for found in re.finditer(r"mma\.(mma_async\.)?sync", ptx)]
+    assert starts[0] < products[0] if early else starts[0] > products[-1]
 
 
 def test_lora_beside(compiler):

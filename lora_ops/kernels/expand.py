@@ -26,7 +26,7 @@ from .tiles import FEW_ROWS, PLAN_TILES, Tiles, fetched_block, fetched_singly, l
 
 @triton.jit
 def over_rows(values, FLIPPED: tl.constexpr):
-    """Values of rows for a block [rows, columns], with FLIPPED [columns, rows]."""
+    """Values along the first dimension of a block, rows or ranks; with FLIPPED along its second."""
     if FLIPPED:
         values = values[None, :]
     else:
@@ -36,7 +36,7 @@ def over_rows(values, FLIPPED: tl.constexpr):
 
 @triton.jit
 def over_columns(values, FLIPPED: tl.constexpr):
-    """Values of columns for a block [rows, columns], with FLIPPED [columns, rows]."""
+    """Values along the second dimension of a block, columns; with FLIPPED along its first."""
     if FLIPPED:
         values = values[:, None]
     else:
@@ -105,7 +105,7 @@ def expand_rows(
     ranks = tl.arange(0, BLOCK_R)
     columns = column + tl.arange(0, BLOCK_N)
     live_rows = over_rows(live, FLIPPED)
-    # [BLOCK_M, BLOCK_N]
+    # [BLOCK_M, BLOCK_N], or its transpose
     y = y_ptr + over_rows(rows.to(tl.int64) * y_stride, FLIPPED) + over_columns(first_column + columns, FLIPPED)
     if slot < 0:
         if PDL:  # the next kernel relies on all before this one
@@ -118,14 +118,16 @@ def expand_rows(
                     tl.store(y + step * BLOCK_N, zeros, mask=y_mask)
     else:
         b_block = b_ptr + slot.to(tl.int64) * slot_stride
-        b_block += over_columns(columns * B_ROW_STRIDE, FLIPPED) + over_rows(ranks, FLIPPED)  # [BLOCK_R, BLOCK_N]
+        b_block += over_columns(columns * B_ROW_STRIDE, FLIPPED) + over_rows(
+            ranks, FLIPPED
+        )  # [BLOCK_R, BLOCK_N], or so
         # B and y were complete when the shrink started: they are on their way while it still runs
         y_mask = live_rows if EVEN_N else live_rows & over_columns(columns < width, FLIPPED)
         if STEPS == 1:
             b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N, FLIPPED)
         if ADD_INPUTS:
             y_next = tl.load(y, mask=y_mask, other=0.0)  # of the step that comes next
-            if STEPS == 1:
+            if STEPS == 1:  # before the wait: after it, programs of one warp would take more registers
                 y_next = y_next.to(tl.float32)
         if PDL:
             tl.extra.cuda.gdc_wait()

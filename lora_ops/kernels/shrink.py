@@ -120,8 +120,9 @@ def shrink_rows(
 ):
     """out[index, :, rows, :] in a block of columns.
 
-    With EARLY the next kernel starts at once, and fetches while this one multiplies. If not, when all sums are made:
-    large tiles leave room for its programs on some multiprocessors alone, where they would stay together.
+    With EARLY, in kernels whose own tiles have 16 rows, the next kernel starts at once, and fetches while this one
+    multiplies. If not, when all sums are made: large tiles leave room for its programs on some multiprocessors alone,
+    where they would stay together.
     """
     NUM_CHUNKS: tl.constexpr = (K + CHUNK_K - 1) // CHUNK_K
     EVEN_N: tl.constexpr = (SLICES * RANK) % BLOCK_N == 0
@@ -423,7 +424,7 @@ def shrink(
         out: fp32 [C, S, M, R] contiguous, C = 1 or the number of chunks of K or of groups of them.
         tiles: which rows belong to which slot.
         pdl: start before the previous kernel of the stream has finished and wait for it inside, and let the next one do
-            the same, with tiles of 64 rows when the sums are made.
+            the same: at once, or where tiles.rows is 64 when the sums are made.
         first: with pdl, what comes before is no kernel of this stream: start when it is complete.
     """
     planes, slices, num_rows, rank = out.shape

@@ -7,7 +7,15 @@ has is left out.
 from __future__ import annotations
 
 from ops_configs.files import MAX_SHARED_BYTES, shared_bytes
-from ops_configs.lora import TILE_ROWS, ExpandConfig, ShrinkConfig, expand_default, shrink_default, tile_rows_for
+from ops_configs.lora import (
+    TILE_ROWS,
+    ExpandConfig,
+    ShrinkConfig,
+    expand_default,
+    fitted,
+    shrink_default,
+    tile_rows_for,
+)
 from ops_configs.store import SMALL_BATCH, padded
 
 from ..config import CHUNKS_BATCH, PLANES_BATCH, planes_read
@@ -66,6 +74,7 @@ SMALL_EXPANDS = (
     (256, 8, 3, 2),
 )
 LARGE_EXPANDS = (
+    (64, 4, 2, 1),
     (128, 4, 2, 1),
     (128, 4, 2, 2),
     (64, 4, 2, 4),
@@ -101,7 +110,7 @@ def _fitting(default, configs: list, most_shared: int) -> list:
 
 def shrink_candidates(layer: Layer, rank: int, rows: int, most_shared: int = MAX_SHARED_BYTES) -> list[ShrinkConfig]:
     """Configs to measure for the shrink of `rows` rows; the analytic default comes first."""
-    default = shrink_default(layer.k, len(layer.widths), rank, rows)
+    default = fitted(shrink_default(layer.k, len(layer.widths), rank, rows), rows, 2, most_shared)
     columns, k = padded(len(layer.widths) * rank), padded(layer.k)
     found = SMALL_SHRINKS if _is_small(rows) else LARGE_SHRINKS
     return _fitting(default, [ShrinkConfig(min(n, columns), min(bk, k), *rest) for n, bk, *rest in found], most_shared)

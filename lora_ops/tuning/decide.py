@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from ops_configs.files import expand_file, shrink_file
-from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, shrink_default
+from ops_configs.files import MAX_SHARED_BYTES, expand_file, shrink_file
+from ops_configs.lora import ExpandConfig, ShrinkConfig, expand_default, fitted, shrink_default
 
 from ..config import planes_read
 from .layers import Layer
@@ -104,16 +104,21 @@ def kept(verified: dict[Case, Verified], tuned: Iterable[Key]) -> set[Key]:
         on.remove(min(bad)[2])
 
 
-def _default(case: Case, half: int) -> ShrinkConfig | ExpandConfig:
+def _default(case: Case, half: int, shared: int) -> ShrinkConfig | ExpandConfig:
     layer = case.layer
     if half == 0:
-        return shrink_default(layer.k, len(layer.widths), case.rank, case.tokens)
+        return fitted(shrink_default(layer.k, len(layer.widths), case.rank, case.tokens), case.tokens, 2, shared)
     planes = planes_read(layer.k, layer.widths, case.rank, case.tokens)
     return expand_default(layer.widths, case.rank, case.tokens, planes)
 
 
-def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key]) -> dict[str, dict]:
-    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured."""
+def entries(
+    verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Key], shared: int = MAX_SHARED_BYTES
+) -> dict[str, dict]:
+    """file -> (rank, rows) -> entry as it is written: the kept config, or the analytic default as it was measured.
+
+    shared: memory of a block of the GPU, bytes.
+    """
     found = gains(verified, on)
     written: dict[str, dict[tuple[int, int], dict]] = {}
     for case, result in sorted(verified.items(), key=lambda item: item[0]):
@@ -124,7 +129,7 @@ def entries(verified: dict[Case, Verified], tuned: dict[Key, Config], on: set[Ke
                 continue
             us = result.time(*halves)
             without = result.time(halves[0] and i != 0, halves[1] and i != 1)
-            config = tuned[key] if key in on else asdict(_default(case, i))
+            config = tuned[key] if key in on else asdict(_default(case, i, shared))
             entry = {"config": config, "us": round(us, 2), "default_us": round(without, 2)}
             written.setdefault(name, {}).setdefault((rank, rows), entry | {"layer": str(case.layer)})
     return written

@@ -9,6 +9,7 @@ import torch
 import lora_ops
 from lora_ops import launches, ops, reference
 from lora_ops.config import PLANES_BATCH
+from lora_ops.kernels import expand as expand_module
 from lora_ops.plan import plan_args
 from ops_configs.lora import ExpandConfig, ShrinkConfig, pinned
 from ops_configs.store import SMALL_BATCH
@@ -248,40 +249,61 @@ def test_wide_tiles_have_the_bits_of_others(device, dtype, k, configs):
     assert torch.equal(wide, narrow)
 
 
-def few_rows_layer(rows: int, device: str, dtype: torch.dtype) -> Layer:
-    """Of one tile with an adapter and one without, of so many rows each."""
-    layer = make_layer(Case(2 * rows, 64, (80, 48), 24, 3, "few rows"), dtype, device)
+def few_rows_layer(rows: int, rank: int, widths: tuple[int, ...], dtype: torch.dtype, device: str) -> Layer:
+    """Of as many rows with an adapter as without; y and B begin and end at 16 bytes, as those of models do."""
+    layer = make_layer(Case(2 * rows, 64, widths, rank, 3, "few rows"), dtype, device)
     layer.plan.update([2, -1] * rows)
-    return layer
+    width = sum(widths)
+    return replace(layer, y=torch.randn(2 * rows, width + 16).to(dtype).to(device)[:, :width])
+
+
+@pytest.fixture
+def launched_steps(monkeypatch):
+    """STEPS of the expands that are prepared in a test."""
+    found, prepared = [], expand_module.prepared
+
+    def spy(kernel, **constants):
+        found.append(constants["STEPS"])
+        return prepared(kernel, **constants)
+
+    monkeypatch.setattr(expand_module, "prepared", spy)
+    return found
 
 
 @pytest.mark.parametrize("add_inputs", [True, False])
-@pytest.mark.parametrize(("block_n", "steps"), [(64, 1), (16, 3)])  # a run divides neither width, or one
-@pytest.mark.parametrize("rows", [1, 8, 9, 16])
-def test_tiles_of_few_rows(device, dtype, rows, block_n, steps, add_inputs):
-    """Half a tile at most is multiplied the other way round."""
-    layer = few_rows_layer(rows, device, dtype)
-    expected = reference_linear(layer, layer.y, 0.5, add_inputs)
+@pytest.mark.parametrize(
+    ("rank", "widths", "block_n", "steps"),
+    [(24, (80, 48), 64, 1), (24, (80, 48), 16, 3), (32, (96, 48), 16, 3)],
+    ids=["one step", "ragged", "even"],
+)
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 260])
+def test_rows_and_steps(device, dtype, launched_steps, rows, rank, widths, block_n, steps, add_inputs):
+    """Half a tile of 16 rows at most is multiplied the other way round; a step fetches y for the next."""
+    layer = few_rows_layer(rows, rank, widths, dtype, device)
+    expected = layer.y.float()
+    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
     if not add_inputs:
-        layer.y[:, layer.window] = nan
-    args = (layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, layer.offset, add_inputs)
-    with pinned(2 * rows, None, ExpandConfig(block_n, 32, num_warps=1, num_stages=3, steps=steps)):
-        lora_ops.lora_linear(layer.y, *args)
-    assert_close(layer.y[:, layer.window], expected[:, layer.window], tolerance(dtype))
+        layer.y[:] = nan
+    with pinned(2 * rows, None, ExpandConfig(block_n, 32, num_warps=4, num_stages=3, steps=steps)):
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
+    assert_close(layer.y, expected, tolerance(dtype))
+    assert launched_steps[-1] == steps
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("warps", "block_n"), [(1, 64), (4, 128), (8, 256)])
+@pytest.mark.parametrize(("rank", "steps"), [(16, 1), (16, 2), (64, 1), (64, 2), (128, 1)])
 @pytest.mark.parametrize("rows", [9, 16])
-def test_tiles_of_few_rows_have_the_bits_of_others(device, dtype, rows, steps):
+def test_few_rows_have_the_bits_of_more(device, dtype, rows, rank, steps, warps, block_n):
     if device == "cpu":
         pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
-    layer = few_rows_layer(rows, device, dtype)
-    many, few = layer.y.clone(), layer.y[:16].clone()
-    with pinned(2 * rows, None, ExpandConfig(16, 32, num_warps=1, num_stages=3, steps=steps)):
-        lora_ops.lora_linear(many, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
-        layer.plan.update([2, -1] * 8)
-        lora_ops.lora_linear(few, layer.x[:16], layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
-    assert torch.equal(few, many[:16])
+    layer = few_rows_layer(rows, rank, (512, 512), dtype, device)
+    more, few = layer.y.clone(), layer.y.clone()
+    config = ExpandConfig(block_n, min(rank, 64), num_warps=warps, num_stages=3, steps=steps)
+    for y, slots in ((more, [2, -1] * rows), (few, [2, -1] * 8 + [-1] * (2 * rows - 16))):
+        layer.plan.update(slots)
+        with pinned(2 * rows, None, config):
+            lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    assert torch.equal(few[:16], more[:16])
 
 
 def test_bf16_weights_without_a_gpu_take_the_reference(device):
