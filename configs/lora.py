@@ -155,9 +155,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
     blocks = num_rows // TILE_ROWS[1] * sum(-(-width // block_n) for width in widths)
     while steps > 1 and blocks < 128 * steps:  # too few programs
         steps //= 2
-    return _runnable(
-        ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages if steps > 1 else 2, steps=steps), rank
-    )
+    stages = stages if steps > 1 else 2
+    return _runnable(ExpandConfig(block_n, min(ranks, 128), 4, num_stages=stages, steps=steps), rank)
 
 
 def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:

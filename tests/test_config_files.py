@@ -359,10 +359,8 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
         assert 4 * expand.num_stages * (tile + expand.block_n) * expand.block_r <= kib << 10
         assert shrink.num_stages >= 2 <= expand.num_stages
         assert min(shrink.block_k, expand.block_r) >= min(16, rank)
-        shrink, default = (
-            lora.shrink_config(14336, 2, rank, rows, BF16, CUDA),
-            lora.shrink_default(14336, 2, rank, rows),
-        )
+        shrink = lora.shrink_config(14336, 2, rank, rows, BF16, CUDA)
+        default = lora.shrink_default(14336, 2, rank, rows)
         expand = lora.expand_config((28672, 4096), rank, rows, BF16, CUDA, 4)
         needed = 2 * default.num_stages * (tile + default.block_n) * default.block_k
         assert 2 * shrink.num_stages * (tile + shrink.block_n) * shrink.block_k <= kib << 10

@@ -118,9 +118,8 @@ def expand_rows(
                     tl.store(y + step * BLOCK_N, zeros, mask=y_mask)
     else:
         b_block = b_ptr + slot.to(tl.int64) * slot_stride
-        b_block += over_columns(columns * B_ROW_STRIDE, FLIPPED) + over_rows(
-            ranks, FLIPPED
-        )  # [BLOCK_R, BLOCK_N], or so
+        # [BLOCK_R, BLOCK_N], or its transpose
+        b_block += over_columns(columns * B_ROW_STRIDE, FLIPPED) + over_rows(ranks, FLIPPED)
         # B and y were complete when the shrink started: they are on their way while it still runs
         y_mask = live_rows if EVEN_N else live_rows & over_columns(columns < width, FLIPPED)
         if STEPS == 1:
