@@ -14,7 +14,7 @@ def lora() -> None:
         layer = make_layer(case, torch.bfloat16, "cuda")
         x, y, plan = layer.x, layer.y, layer.plan
         rows, rank = case.tokens, case.rank
-        expected = y.float()
+        expected = y.to(torch.float32, copy=True)
         lora_ops.reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan, 1.0, layer.offset)
         lora_ops.lora_linear(y, x, layer.lora_a, layer.lora_b, plan, 1.0, layer.offset)
         assert_close(y, expected, tolerance(torch.bfloat16))
