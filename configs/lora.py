@@ -57,8 +57,9 @@ class ExpandConfig:
     """Launch parameters of the expand.
 
     block_n: output features of a step; block_r: ranks of a product; num_warps, num_stages: as Triton takes them;
-    steps: steps of a program, one after another. With four warps or more, kernels of 65 to SMALL_BATCH rows and ranks
-    above 32 that read complete sums hold wide tiles, too, with half of block_n twice.
+    steps: steps of a program, one after another. With four warps or more, above rank 64 two, kernels of 65 to
+    SMALL_BATCH rows and ranks above 32 that read complete sums hold wide tiles, too, in twice as many steps of half of
+    block_n, of 64 at most.
     """
 
     block_n: int
@@ -133,11 +134,14 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
             block_n, warps = (64, warps) if ranks <= 64 else (128, 4)
             config = ExpandConfig(min(block_n, widest), block_r, warps, num_stages=2, steps=1)
         elif wide and num_rows > 4 and ranks <= 64:
-            config = ExpandConfig(128, block_r, num_warps=2, num_stages=3, steps=4)
+            warps = 4 if whole and ranks > 32 and num_rows > TILE_ROWS[1] else 2  # four warps also hold wide tiles
+            config = ExpandConfig(128, block_r, warps, num_stages=3, steps=4)
+        elif whole and wide and num_rows > TILE_ROWS[1]:
+            config = ExpandConfig(256, block_r, num_warps=2, num_stages=2, steps=1)
         elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
-            block_n = 256 if len(widths) == 1 else 128
-            # four warps also hold wide tiles
-            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=1)
+            block_n = 256 if len(widths) == 1 and num_rows <= TILE_ROWS[1] else 128
+            steps = 2 if ranks <= 64 and num_rows > TILE_ROWS[1] else 1
+            config = ExpandConfig(min(block_n, widest), block_r, num_warps=4, num_stages=2, steps=steps)
         else:
             if 4 < planes <= 8 and not gate_up:
                 warps = 4

@@ -21,6 +21,7 @@ MAX_GROUPS = 4
 """Groups that the chunks of K make at most, from rank 33 on."""
 
 SUMMED_PLANES = 17
+SUMMED_ROWS = 128
 SUMMED_BYTES = 110_000
 SUMMED_PROGRAMS = 700
 SUMMED_WIDTH = 10_000
@@ -33,6 +34,10 @@ Llama-3-8B's, rank 128 47.1 -> 25.3 and 264 -> 234, half of it (115 KB), rank 64
 rank 64 (49 KB) 11.4 -> 12.0 and 74.9 -> 71.9, rank 128 (197 KB) 18.4 -> 15.6 and 123.8 -> 117.3, but 64 tokens of one
 adapter (192 programs) 10.8 -> 13.5. Of 600 to 2048 rows the layers for which it is taken need 0.95 of the time in the
 mean of 164 cases, 0.77 to 1.11 (rank 16, K = 7168); the others would need 1.03.
+
+Rank 128 of one slice on an H200, 1 to 64 adapters of 64 slots, each way with the better of its launch parameters, by
+the kernel over by the expand, mean: with 512 rows 0.79 (K = 1024) to 0.96 (K = 7168, N = 4096), with 256 0.89 (K =
+2048, N = 8192) to 1.03, with 128 rows 0.94 to 1.12.
 """
 
 
@@ -72,7 +77,8 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
     """Whether a kernel of its own adds up the planes; if not, each program of the expand does.
 
     In batches of up to SMALL_BATCH rows it does where a program would add up SUMMED_PLANES of them, counting those of
-    each product in batches of more than 16 rows; of up to 16 rows only if they make groups. Of more than 16 rows it
+    each product in batches of more than 16 rows; of up to 16 rows only if they make groups. Of more than SUMMED_ROWS
+    rows it does for ranks above 64 of one slice, whose wide tiles then fit into registers. Of more than 16 rows it
     also does for ranks above 32 and several slices, if programs would read SUMMED_BYTES of planes for each row and are
     at least SUMMED_PROGRAMS: less takes no longer than the kernel. In larger batches only narrow layers of few planes
     and ranks do without it.
@@ -86,6 +92,8 @@ def sums_planes(planes: int, group: int, widths: tuple[int, ...], rank: int, num
         return group > 1 and planes >= SUMMED_PLANES
     products = -(-rank // 64)  # of a program, one after another
     if planes * products >= SUMMED_PLANES:
+        return True
+    if rank > 64 and len(widths) == 1 and num_rows > SUMMED_ROWS:
         return True
     runs = sum(-(-width // 128) for width in widths)  # of columns, one a program
     many = planes * runs * rank * products * 4 >= SUMMED_BYTES and num_rows * runs >= SUMMED_PROGRAMS * TILE_ROWS[0]

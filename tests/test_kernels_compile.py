@@ -364,9 +364,11 @@ def test_lora_holds_wide_tiles_without_spilling(compiler, layer):
     y, x, a, b, _ = lora_layer(layer, 128, 256)
     with compiler.kernels() as kernels:
         lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(256))
-    wide = {kernel.name: kernel.ptx.count("griddepcontrol.wait") for kernel in kernels if kernel.constants.get("WIDE")}
-    assert wide["shrink_kernel"] == 3, "each way through a kernel waits for the one before it"
-    assert wide["expand_kernel"] in (5, 6), "Triton 3.6 writes one of its ways twice"
+    wide = {kernel.name: kernel.ptx for kernel in kernels if kernel.constants.get("WIDE")}
+    waits = {name: ptx.count("griddepcontrol.wait") for name, ptx in wide.items()}
+    assert waits["shrink_kernel"] == 3, "each way through a kernel waits for the one before it"
+    assert wide["expand_kernel"].count("griddepcontrol.launch_dependents") == 3, "wide tiles, few rows, others"
+    assert waits["expand_kernel"] in (4, 5), "each way with work, and one or two without"
     check(kernels, most_stack=0)
 
 

@@ -24,7 +24,8 @@ def sums(k: int, widths: tuple[int, ...], rank: int, rows: int) -> bool:
         (4096, (7168, 7168), 64, 65),
         (14336, (4096,), 64, None),
         (14336, (4096,), 128, 17),  # 14 planes in each of two products
-        (4096, (4096,), 128, None),
+        (4096, (4096,), 64, None),
+        (4096, (4096,), 128, 129),  # of few planes: for the wide tiles
         (4096, GATE_UP, 32, None),
         (4096, GATE_UP, 64, 33),
         (4096, GATE_UP, 128, 33),

@@ -21,7 +21,17 @@ from ops_configs.lora import ExpandConfig
 from ops_patches.launch import cdiv, prepared
 
 from .shrink import sum_h
-from .tiles import FEW_ROWS, PLAN_TILES, Tiles, fetched_block, fetched_singly, load_tile, select_slice, slice_pointers
+from .tiles import (
+    FEW_ROWS,
+    PLAN_TILES,
+    Tiles,
+    fetched_block,
+    fetched_singly,
+    leave,
+    load_tile,
+    select_slice,
+    slice_pointers,
+)
 
 
 @triton.jit
@@ -51,7 +61,9 @@ def load_b(
     """Block [BLOCK_R, BLOCK_N] of B^T, with FLIPPED of B; zero where the rank or the column is padding."""
     if EVEN_R and EVEN_N:
         return tl.load(b_ptr)
-    mask = over_rows(ranks < RANK, FLIPPED) & over_columns(columns < width, FLIPPED)
+    mask = over_columns(columns < width, FLIPPED)
+    if not EVEN_R:
+        mask = mask & over_rows(ranks < RANK, FLIPPED)
     return tl.load(b_ptr, mask=mask, other=0.0)
 
 
@@ -68,7 +80,7 @@ def product(h, b, acc, FLIPPED: tl.constexpr):
 @triton.jit
 def expand_rows(
     slot,
-    rows,  # [BLOCK_M]
+    rows,  # [BLOCK_M], with PACKED each so many times in succession
     live,  # [BLOCK_M]
     column,  # of the slice, where the run begins
     lora_slice,
@@ -92,24 +104,29 @@ def expand_rows(
     BLOCK_R: tl.constexpr,
     STEPS: tl.constexpr,
     PDL: tl.constexpr,
+    PACKED: tl.constexpr = 1,
 ):
     """y[rows, a run of STEPS blocks of columns of one slice].
 
     Fewer rows than the 16 that a product takes are its second dimension: y's blocks and B's are transposed, FLIPPED.
+    With PACKED, BLOCK_R ranks are those of so many columns, one after another in memory, and a row of h comes once for
+    each of them.
     The compiler fetches B of the steps ahead. y, the first summand of a product, it does not: each step fetches that of
     the next one.
     """
-    EVEN_R: tl.constexpr = RANK % BLOCK_R == 0
+    EVEN_R: tl.constexpr = PACKED * RANK % BLOCK_R == 0
     BLOCK_M: tl.constexpr = rows.shape[0]
     FLIPPED: tl.constexpr = BLOCK_M < 16
     ranks = tl.arange(0, BLOCK_R)
-    columns = column + tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, BLOCK_N // PACKED) * PACKED
     live_rows = over_rows(live, FLIPPED)
+    rows_of_y = rows.to(tl.int64) * y_stride
+    if PACKED > 1:
+        rows_of_y += tl.arange(0, BLOCK_M) % PACKED
     # [BLOCK_M, BLOCK_N], or its transpose
-    y = y_ptr + over_rows(rows.to(tl.int64) * y_stride, FLIPPED) + over_columns(first_column + columns, FLIPPED)
+    y = y_ptr + over_rows(rows_of_y, FLIPPED) + over_columns(first_column + columns, FLIPPED)
     if slot < 0:
-        if PDL:  # the next kernel relies on all before this one
-            tl.extra.cuda.gdc_wait()
+        leave(PDL)
         if ZERO_OTHERS:
             if slot == -1:
                 zeros = tl.zeros(y.shape, y_ptr.dtype.element_ty)
@@ -131,7 +148,7 @@ def expand_rows(
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP)
+        h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP, PACKED)
         h = h.to(b_ptr.dtype.element_ty)
         for step in range(STEPS):
             if STEPS > 1:
@@ -192,14 +209,17 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
     A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. With WIDE, tiles are the wide
-    ones in a step that has them. Of a tile of 16 rows that holds FEW_ROWS at most, only those are computed.
+    ones in a step that has them. Of a tile of 16 rows that holds FEW_ROWS / PACKED at most, only those are computed.
     """
+    FEW: tl.constexpr = FEW_ROWS // PACKED
     RUN: tl.constexpr = STEPS * BLOCK_N
+    WIDE_N: tl.constexpr = min(BLOCK_N // 2, 64)  # of a step of a wide tile, or its sums would take more registers
     RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
     RUNS1: tl.constexpr = (N1 + RUN - 1) // RUN
     RUNS2: tl.constexpr = (N2 + RUN - 1) // RUN
@@ -209,7 +229,6 @@ def expand_kernel(
     tile = pid // RUNS
     run = pid % RUNS
 
-    slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
     lora_slice = 0
     first_run = 0
     width = N0
@@ -239,33 +258,34 @@ def expand_kernel(
                 slot, more_rows, all_live = load_tile(
                     tile, wide_slots_ptr, wide_rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, WIDE
                 )
-                for half in tl.static_range(2):  # of the columns, or the sums would take twice the registers
-                    expand_rows(
-                        slot,
-                        more_rows,
-                        all_live,
-                        column + half * (RUN // 2),
-                        *operands,
-                        RANK,
-                        SLICES,
-                        B_ROW_STRIDE,
-                        PLANES,
-                        GROUP,
-                        ADD_INPUTS,
-                        ZERO_OTHERS,
-                        EVEN_N,
-                        BLOCK_N // 2,
-                        BLOCK_R,
-                        STEPS,
-                        PDL,
-                    )
-            elif PDL:
-                tl.extra.cuda.gdc_wait()
+                expand_rows(
+                    slot,
+                    more_rows,
+                    all_live,
+                    column,
+                    *operands,
+                    RANK,
+                    SLICES,
+                    B_ROW_STRIDE,
+                    PLANES,
+                    GROUP,
+                    ADD_INPUTS,
+                    ZERO_OTHERS,
+                    EVEN_N,
+                    WIDE_N,
+                    BLOCK_R,
+                    RUN // WIDE_N,
+                    PDL,
+                )
+            else:
+                leave(PDL)
             return
+    slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
     if TILES == PLAN_TILES and BLOCK_M == 2 * FEW_ROWS:
-        if tl.load(rows_ptr + tile * BLOCK_M + FEW_ROWS) < 0:  # the first half holds all rows
+        if tl.load(rows_ptr + tile * BLOCK_M + FEW) < 0:  # the first part holds all rows
+            PARTS: tl.constexpr = BLOCK_M // FEW
             slot, few_rows, few_live = load_tile(
-                2 * tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, FEW_ROWS, 2
+                PARTS * tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, FEW, PARTS, PACKED
             )
             expand_rows(
                 slot,
@@ -285,6 +305,7 @@ def expand_kernel(
                 BLOCK_R,
                 STEPS,
                 PDL,
+                PACKED,
             )
             return
     expand_rows(
@@ -322,6 +343,18 @@ def fetched_config(
     return replace(config, block_n=block_n, block_r=block_r, steps=1)
 
 
+def packed_columns(lora_b: list[torch.Tensor], config: ExpandConfig) -> int:
+    """Columns whose ranks lie side by side in memory and make up a product's block_r ranks together, or 1.
+
+    Ranks below 16 then leave no part of a product, nor of what a warp fetches of B, empty.
+    """
+    rank = lora_b[0].shape[2]
+    columns = config.block_r // rank
+    whole = columns * rank == config.block_r and all(b.shape[1] % columns == 0 for b in lora_b)
+    fits = columns <= FEW_ROWS.value and config.block_n >= 16 * columns
+    return columns if whole and fits and lora_b[0].stride(1) == rank else 1
+
+
 def expand(
     h: torch.Tensor,
     lora_b: list[torch.Tensor],
@@ -354,6 +387,7 @@ def expand(
     widths = [b.shape[1] for b in lora_b] + [0] * (3 - slices)
     slot_strides = [b.stride(0) for b in lora_b] + [0] * (3 - slices)
     runs = sum([cdiv(width, config.steps * config.block_n) for width in widths])
+    warps = 2 * config.num_warps if rank > 64 else config.num_warps  # their own tiles take as many registers
     launch = prepared(
         expand_kernel,
         RANK=rank,
@@ -371,11 +405,12 @@ def expand(
         ADD_INPUTS=add_inputs,
         ZERO_OTHERS=zero_others,
         TILES=tiles.mode,
-        WIDE=tiles.held_wide(rank, lora_b[0].dtype, config.num_warps) if planes == 1 and config.block_n >= 32 else 0,
+        WIDE=tiles.held_wide(rank, lora_b[0].dtype, warps) if planes == 1 and config.block_n >= 32 else 0,
         BLOCK_M=tiles.rows,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         STEPS=config.steps,
+        PACKED=packed_columns(lora_b, config),
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -310,10 +310,19 @@ def sum_h(
     SLICES: tl.constexpr,
     PLANES: tl.constexpr,
     GROUP: tl.constexpr,
+    PACKED: tl.constexpr = 1,
 ):
     """Sum of the planes of h, GROUP of them making a group, fp32 [BLOCK_M, BLOCK_R]; zero where the row or the rank is
-    padding."""
-    mask = live[:, None] & (ranks < RANK)[None, :]
+    padding.
+
+    With PACKED, rows come so many times in succession: the first with its ranks at 0, the next at RANK and so on.
+    """
+    if PACKED > 1:
+        part = tl.arange(0, rows.shape[0]) % PACKED
+        mask = live[:, None] & (ranks[None, :] // RANK == part[:, None])
+        ranks = ranks % RANK
+    else:
+        mask = live[:, None] & (ranks < RANK)[None, :]
     total = tl.zeros((rows.shape[0], ranks.shape[0]), tl.float32)  # and so never -0.0
     if GROUP == 1:
         for c in tl.static_range(PLANES):

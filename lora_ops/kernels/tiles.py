@@ -38,13 +38,14 @@ def load_tile(
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PARTS: tl.constexpr = 1,
+    REPEATED: tl.constexpr = 1,
 ):
     """Slot of a tile (-1: rows without adapter, -2: no tile), its rows [BLOCK_M] and which of them are live [BLOCK_M].
 
     Rows outside 0..num_rows-1 are never live, whatever the tile says. With PARTS, tiles are cut into so many parts of
-    BLOCK_M rows, which `tile` and tiles_per_segment count.
+    BLOCK_M rows, which `tile` and tiles_per_segment count. With REPEATED, each row comes so many times in succession.
     """
-    m = tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M * REPEATED) // REPEATED
     if TILES == PLAN_TILES:
         slot = tl.load(slots_ptr + tile // PARTS).to(tl.int32)
         rows = tl.load(rows_ptr + tile * BLOCK_M + m)
@@ -73,6 +74,17 @@ def select_slice(index, p0, p1, p2, SLICES: tl.constexpr):
     if SLICES > 2:
         p = tl.where(index == 2, p2, p)
     return p
+
+
+@triton.jit
+def leave(PDL: tl.constexpr):
+    """Of a program without work: the kernel before may still run, and holds up none but the first.
+
+    The next kernel relies on all before this one, which the first ends after.
+    """
+    if PDL:
+        if tl.program_id(0) == 0:
+            tl.extra.cuda.gdc_wait()
 
 
 @dataclass(frozen=True)

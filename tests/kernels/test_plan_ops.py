@@ -139,7 +139,7 @@ def test_beside_of_fewer_rows_than_the_plan_has_tokens(device, tokens, in_place)
     x, base = layer.x[:3], torch.randn(64, 32, device=device, dtype=torch.float16)
     arguments = (x, layer.lora_a, layer.lora_b, *plan_args(layer.plan), 1.0)
     delta, y = torch.full((512, 32), nan, device=device, dtype=torch.float16), x @ base
-    expected = y.float()
+    expected = y.to(torch.float32, copy=True)
     torch.ops.lora_ops.lora_delta(delta, *arguments)
     torch.ops.lora_ops.lora_join(delta, y, *arguments, in_place)
     if not in_place:
@@ -164,7 +164,7 @@ def test_launches_of_one_plan_serve_any_later_plan(device, rows, captured_for):
     for tokens, lowest in ((rows, -1), (rows // 2, 0), (0, 0), (400, 0), (400, -1), (600, -1), (600, 39)):
         plan.update(np.random.default_rng().integers(lowest, 40, tokens))
         y = base.clone()
-        expected = y.float()
+        expected = y.to(torch.float32, copy=True)
         launches.run_linear(y, x, layer.lora_a, layer.lora_b, 1.0, 0, True, tiles)
         reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan)
         assert_close(y, expected, tolerance(torch.float16))
@@ -186,8 +186,23 @@ def test_large_batches_walk_the_tiles_of_their_step(device, slots):
     assert_close(layer.y, expected, tolerance(torch.float16))
 
 
+@pytest.fixture
+def launched_expands(monkeypatch):
+    """Constants of the expands that are prepared in a test."""
+    found, prepared = [], expand_module.prepared
+
+    def spy(kernel, **constants):
+        found.append(constants)
+        return prepared(kernel, **constants)
+
+    monkeypatch.setattr(expand_module, "prepared", spy)
+    return found
+
+
 WIDE_CONFIGS = ShrinkConfig(16, 64, num_warps=4, num_stages=3), ExpandConfig(32, 64, num_warps=4, num_stages=2, steps=1)
 LONG_WIDE_CONFIGS = ShrinkConfig(16, 256, num_warps=4, num_stages=3), WIDE_CONFIGS[1]
+STEPPED_WIDE_CONFIGS = WIDE_CONFIGS[0], ExpandConfig(32, 64, num_warps=4, num_stages=3, steps=2)
+RANK_128_CONFIGS = WIDE_CONFIGS[0], ExpandConfig(32, 64, num_warps=2, num_stages=2, steps=1)
 WIDE_STEPS = {  # slots, and the wide tiles that the plan then offers
     "one adapter": ([2] * 150, 3),
     "two adapters and none": ([3, -1, 1] * 50, 3),
@@ -198,29 +213,31 @@ WIDE_STEPS = {  # slots, and the wide tiles that the plan then offers
 }
 
 
-def wide_layer(k: int, device: str, dtype: torch.dtype = torch.float16) -> Layer:
-    """With rows of x that begin at 16 bytes, as models have them, if K is a multiple of 16."""
-    layer = make_layer(Case(300, k, (40, 64, 32), 64, 4, "wide tiles"), dtype, device)
+def wide_layer(k: int, device: str, dtype: torch.dtype = torch.float16, rank: int = 64) -> Layer:
+    """With rows of x and y that begin at 16 bytes, as models have them, if K is a multiple of 16."""
+    layer = make_layer(Case(300, k, (40, 64, 32), rank, 4, "wide tiles"), dtype, device)
     layer.x = layer.x.contiguous()
+    layer.y = torch.randn(300, 144).to(dtype).to(device)
     return layer
 
 
 @pytest.mark.parametrize(
-    ("add_inputs", "k", "configs", "steps"),
+    ("add_inputs", "k", "rank", "configs", "steps"),
     [
-        (True, 64, WIDE_CONFIGS, WIDE_STEPS),  # a shrink of so few programs has none
-        (False, 64, WIDE_CONFIGS, WIDE_STEPS),
-        (True, 3000, WIDE_CONFIGS, ["one row in the last tile", "many adapters"]),  # an expand of planes has none
-        (True, 4096, LONG_WIDE_CONFIGS, ["one adapter", "one row in the last tile"]),
+        (True, 64, 64, WIDE_CONFIGS, WIDE_STEPS),  # a shrink of so few programs has none
+        (False, 64, 64, WIDE_CONFIGS, WIDE_STEPS),
+        (True, 64, 64, STEPPED_WIDE_CONFIGS, ["two adapters and none", "one row in the last tile"]),
+        (True, 64, 128, RANK_128_CONFIGS, ["two adapters and none", "one row in the last tile"]),
+        (True, 3000, 64, WIDE_CONFIGS, ["one row in the last tile", "many adapters"]),
+        (True, 4096, 64, LONG_WIDE_CONFIGS, ["one adapter", "one row in the last tile"]),
     ],
 )
-def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, configs, steps):
+def test_wide_tiles_serve_the_steps_that_fill_them(device, launched_expands, add_inputs, k, rank, configs, steps):
     """Launches of one plan, of kernels that hold both sizes of tiles, over steps of either kind."""
-    layer = wide_layer(k, device)
+    layer = wide_layer(k, device, rank=rank)
     plan, rows = layer.plan, 150
     plan.update([0] * rows)
     tiles = launches.plan_tiles(*plan_args(plan)[::2], rows)
-    assert tiles.held_wide(64, torch.float16, num_warps=4) == 64
     x, base, width = layer.x[:rows], layer.y[:rows], layer.width
     for slots, wide in map(WIDE_STEPS.get, steps):
         plan.update(slots)
@@ -228,22 +245,32 @@ def test_wide_tiles_serve_the_steps_that_fill_them(device, add_inputs, k, config
         y = base.clone()
         if not add_inputs:
             y[: min(rows, len(slots)), :width] = nan
-        expected = y.float()
+        expected = y.to(torch.float32, copy=True)
         with pinned(rows, *configs):
             launches.run_linear(y, x, layer.lora_a, layer.lora_b, 0.5, 0, add_inputs, tiles)
         reference.lora_linear(expected, x, layer.lora_a, layer.lora_b, plan, 0.5, 0, add_inputs)
         assert_close(y, expected, tolerance(torch.float16))
+        assert launched_expands[-1]["WIDE"] == (64 if k == 64 else 0), "an expand of planes has none"
 
 
-@pytest.mark.parametrize(("k", "configs"), [(64, WIDE_CONFIGS), (3000, WIDE_CONFIGS), (4096, LONG_WIDE_CONFIGS)])
-def test_wide_tiles_have_the_bits_of_others(device, dtype, k, configs):
+@pytest.mark.parametrize(
+    ("k", "rank", "configs"),
+    [
+        (64, 64, WIDE_CONFIGS),
+        (64, 64, STEPPED_WIDE_CONFIGS),
+        (64, 128, RANK_128_CONFIGS),
+        (3000, 64, WIDE_CONFIGS),
+        (4096, 64, LONG_WIDE_CONFIGS),
+    ],
+)
+def test_wide_tiles_have_the_bits_of_others(device, dtype, k, rank, configs):
     if device == "cpu":
         pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
-    layer = wide_layer(k, device, dtype)
+    layer = wide_layer(k, device, dtype, rank)
     layer.plan.update([2, 2, 3] * 100)
     assert layer.plan.section("wide_tiles") == 6
     wide, narrow = layer.y.clone(), layer.y.clone()
-    for y, warps in ((wide, 4), (narrow, 2)):
+    for y, warps in ((wide, 4), (narrow, 1)):
         with pinned(300, *(replace(config, num_warps=warps) for config in configs)):
             lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, offset=layer.offset)
     assert torch.equal(wide, narrow)
@@ -257,19 +284,6 @@ def few_rows_layer(rows: int, rank: int, widths: tuple[int, ...], dtype: torch.d
     return replace(layer, y=torch.randn(2 * rows, width + 16).to(dtype).to(device)[:, :width])
 
 
-@pytest.fixture
-def launched_steps(monkeypatch):
-    """STEPS of the expands that are prepared in a test."""
-    found, prepared = [], expand_module.prepared
-
-    def spy(kernel, **constants):
-        found.append(constants["STEPS"])
-        return prepared(kernel, **constants)
-
-    monkeypatch.setattr(expand_module, "prepared", spy)
-    return found
-
-
 @pytest.mark.parametrize("add_inputs", [True, False])
 @pytest.mark.parametrize(
     ("rank", "widths", "block_n", "steps"),
@@ -277,33 +291,75 @@ def launched_steps(monkeypatch):
     ids=["one step", "ragged", "even"],
 )
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 260])
-def test_rows_and_steps(device, dtype, launched_steps, rows, rank, widths, block_n, steps, add_inputs):
+def test_rows_and_steps(device, dtype, launched_expands, rows, rank, widths, block_n, steps, add_inputs):
     """Half a tile of 16 rows at most is multiplied the other way round; a step fetches y for the next."""
     layer = few_rows_layer(rows, rank, widths, dtype, device)
-    expected = layer.y.float()
+    expected = layer.y.to(torch.float32, copy=True)
     reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
     if not add_inputs:
         layer.y[:] = nan
     with pinned(2 * rows, None, ExpandConfig(block_n, 32, num_warps=4, num_stages=3, steps=steps)):
         lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
     assert_close(layer.y, expected, tolerance(dtype))
-    assert launched_steps[-1] == steps
+    assert launched_expands[-1]["STEPS"] == steps
+
+
+@pytest.mark.parametrize("add_inputs", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "widths", "block_n", "steps", "packed"),
+    [
+        (8, (80, 48), 64, 1, 2),
+        (8, (96, 48), 32, 3, 2),
+        (4, (80, 48), 64, 2, 4),
+        (2, (128,), 128, 1, 8),
+        (1, (256,), 256, 1, 1),  # of eight columns at most
+        (8, (80, 48), 16, 1, 1),  # and 16 columns
+        (8, (81, 48), 64, 1, 1),
+        (6, (80, 48), 64, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+def test_low_ranks_of_several_columns_share_a_product(
+    device, dtype, launched_expands, rows, rank, widths, block_n, steps, packed, add_inputs
+):
+    layer = few_rows_layer(rows, rank, widths, dtype, device)
+    expected = layer.y.to(torch.float32, copy=True)
+    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
+    if not add_inputs:
+        layer.y[:] = nan
+    with pinned(2 * rows, None, ExpandConfig(block_n, 16, num_warps=8, num_stages=3, steps=steps)):
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
+    assert_close(layer.y, expected, tolerance(dtype))
+    assert launched_expands[-1]["PACKED"] == packed
+
+
+def test_ranks_with_memory_between_them_share_no_product(device, launched_expands):
+    """Rows of B of a stack of twice the rank."""
+    layer = few_rows_layer(2, 8, (64,), torch.float16, device)
+    expected = layer.y.to(torch.float32, copy=True)
+    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+    stack = torch.full((3, 64, 16), nan, dtype=torch.float16, device=device)
+    stack[:, :, :8] = layer.lora_b[0]
+    lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, [stack[:, :, :8]], layer.plan)
+    assert_close(layer.y, expected, tolerance(torch.float16))
+    assert launched_expands[-1]["PACKED"] == 1
 
 
 @pytest.mark.parametrize(("warps", "block_n"), [(1, 64), (4, 128), (8, 256)])
-@pytest.mark.parametrize(("rank", "steps"), [(16, 1), (16, 2), (64, 1), (64, 2), (128, 1)])
+@pytest.mark.parametrize(("rank", "steps"), [(8, 1), (8, 2), (16, 1), (16, 2), (64, 1), (64, 2), (128, 1)])
 @pytest.mark.parametrize("rows", [9, 16])
 def test_few_rows_have_the_bits_of_more(device, dtype, rows, rank, steps, warps, block_n):
     if device == "cpu":
         pytest.skip("the interpreter multiplies with numpy, whose order of summation depends on the shape")
     layer = few_rows_layer(rows, rank, (512, 512), dtype, device)
     more, few = layer.y.clone(), layer.y.clone()
-    config = ExpandConfig(block_n, min(rank, 64), num_warps=warps, num_stages=3, steps=steps)
-    for y, slots in ((more, [2, -1] * rows), (few, [2, -1] * 8 + [-1] * (2 * rows - 16))):
+    config = ExpandConfig(block_n, max(16, min(rank, 64)), num_warps=warps, num_stages=3, steps=steps)
+    fewest = 4 if rank == 8 else 8
+    for y, slots in ((more, [2, -1] * rows), (few, [2, -1] * fewest + [-1] * 2 * (rows - fewest))):
         layer.plan.update(slots)
         with pinned(2 * rows, None, config):
             lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
-    assert torch.equal(few[:16], more[:16])
+    assert torch.equal(few[: 2 * fewest], more[: 2 * fewest])
 
 
 def test_bf16_weights_without_a_gpu_take_the_reference(device):
@@ -521,7 +577,7 @@ def test_beside(device, dtype, case, in_place):
     layer = make_layer(case, dtype, device)
     base = torch.randn(case.k, layer.width, device=device, dtype=dtype)
     y = layer.x @ base
-    expected = y.float()
+    expected = y.to(torch.float32, copy=True)
     lora_ops.reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5)
     arguments = (layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, in_place)
     result = lora_ops.linear_beside(lambda: layer.x @ base, *arguments)
