@@ -215,9 +215,9 @@ def expand_kernel(
     """Grid: (tiles * sum over slices of ceil(N_s / (STEPS * BLOCK_N)),), column runs fastest.
 
     A program owns y[rows of its tile, its run of STEPS blocks of columns of one slice]. With WIDE, tiles are the wide
-    ones in a step that has them. Of a tile of 16 rows that holds FEW_ROWS / PACKED at most, only those are computed.
+    ones in a step that has them. Of a tile of 16 rows that holds FEW_ROWS at most, only those are computed; if it holds
+    FEW_ROWS / PACKED at most, PACKED columns at a time.
     """
-    FEW: tl.constexpr = FEW_ROWS // PACKED
     RUN: tl.constexpr = STEPS * BLOCK_N
     WIDE_N: tl.constexpr = min(BLOCK_N // 2, 64)  # of a step of a wide tile, or its sums would take more registers
     RUNS0: tl.constexpr = (N0 + RUN - 1) // RUN
@@ -281,11 +281,22 @@ def expand_kernel(
                 leave(PDL)
             return
     slot, rows, live = load_tile(tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, BLOCK_M)
-    if TILES == PLAN_TILES and BLOCK_M == 2 * FEW_ROWS:
-        if tl.load(rows_ptr + tile * BLOCK_M + FEW) < 0:  # the first part holds all rows
-            PARTS: tl.constexpr = BLOCK_M // FEW
+    FEW: tl.constexpr = TILES == PLAN_TILES and BLOCK_M == 2 * FEW_ROWS
+    if FEW and PACKED > 1:
+        FEWER_ROWS: tl.constexpr = FEW_ROWS // PACKED
+        if tl.load(rows_ptr + tile * BLOCK_M + FEWER_ROWS) < 0:  # the first part holds all rows
+            PARTS: tl.constexpr = BLOCK_M // FEWER_ROWS
             slot, few_rows, few_live = load_tile(
-                PARTS * tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, FEW, PARTS, PACKED
+                PARTS * tile,
+                slots_ptr,
+                rows_ptr,
+                lengths_ptr,
+                tiles_per_segment,
+                num_rows,
+                TILES,
+                FEWER_ROWS,
+                PARTS,
+                PACKED,
             )
             expand_rows(
                 slot,
@@ -306,6 +317,31 @@ def expand_kernel(
                 STEPS,
                 PDL,
                 PACKED,
+            )
+            return
+    if FEW:
+        if tl.load(rows_ptr + tile * BLOCK_M + FEW_ROWS) < 0:  # the first half does
+            slot, few_rows, few_live = load_tile(
+                2 * tile, slots_ptr, rows_ptr, lengths_ptr, tiles_per_segment, num_rows, TILES, FEW_ROWS, 2
+            )
+            expand_rows(
+                slot,
+                few_rows,
+                few_live,
+                column,
+                *operands,
+                RANK,
+                SLICES,
+                B_ROW_STRIDE,
+                PLANES,
+                GROUP,
+                ADD_INPUTS,
+                ZERO_OTHERS,
+                EVEN_N,
+                BLOCK_N,
+                BLOCK_R,
+                STEPS,
+                PDL,
             )
             return
     expand_rows(
