@@ -136,8 +136,6 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
         elif wide and num_rows > 4 and ranks <= 64:
             warps = 4 if whole and ranks > 32 and num_rows > TILE_ROWS[1] else 2  # four warps also hold wide tiles
             config = ExpandConfig(128, block_r, warps, num_stages=3, steps=4)
-        elif whole and wide and num_rows > TILE_ROWS[1]:
-            config = ExpandConfig(256, block_r, num_warps=2, num_stages=2, steps=1)
         elif whole and num_rows > TILE_ROWS[0] and (ranks > 64 or (ranks > 32 and len(widths) > 1)):
             block_n = 256 if len(widths) == 1 and num_rows <= TILE_ROWS[1] else 128
             steps = 2 if ranks <= 64 and num_rows > TILE_ROWS[1] else 1
@@ -164,7 +162,8 @@ def expand_default(widths: tuple[int, ...], rank: int, num_rows: int, planes: in
 
 
 def _runnable(config: ExpandConfig, rank: int) -> ExpandConfig:
-    """A step of several products leaves no shared memory to fetch the next one's operands: then one step."""
+    """A step of several products leaves no shared memory to fetch the next one's operands: then one step, of the
+    kernel's own tiles."""
     return config if rank <= config.block_r else replace(config, steps=1)
 
 

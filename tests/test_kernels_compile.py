@@ -237,7 +237,15 @@ def test_lora_sums_planes(compiler, layer, rank, rows):
 
 @pytest.mark.parametrize(
     ("layer", "rank", "rows"),
-    [("qkv", 64, 128), ("qkv", 128, 1024), ("down", 128, 4096), ("qkv", 16, 9000), ("gate_up", 128, 9000)],
+    [
+        ("qkv", 64, 128),
+        ("qkv", 128, 256),
+        ("qkv", 512, 256),
+        ("qkv", 128, 1024),
+        ("down", 128, 4096),
+        ("qkv", 16, 9000),
+        ("gate_up", 128, 9000),
+    ],
 )
 def test_lora_defaults_fit_into_99_kib(compiler, monkeypatch, layer, rank, rows):
     """The shared memory of compute capability 8.6, whose GPUs no file is for; the least that bf16 finds."""
@@ -359,9 +367,11 @@ def test_shrink_of_aligned_rows_fetches_16_bytes(compiler, layer, rank, rows):
     assert "ld.global.b16" not in kernel.ptx
 
 
-@pytest.mark.parametrize("layer", ["qkv", "down"])
-def test_lora_holds_wide_tiles_without_spilling(compiler, layer):
-    y, x, a, b, _ = lora_layer(layer, 128, 256)
+@pytest.mark.parametrize(
+    ("layer", "rank"), [("qkv", 128), ("down", 128), ("gate_up", 128), ("qkv", 256), ("gate_up", 512)]
+)
+def test_lora_holds_wide_tiles_without_spilling(compiler, layer, rank):
+    y, x, a, b, _ = lora_layer(layer, rank, 256)
     with compiler.kernels() as kernels:
         lora_ops.launches.run_linear(y, x, a, b, 0.5, 0, True, plan_tiles(256))
     wide = {kernel.name: kernel.ptx for kernel in kernels if kernel.constants.get("WIDE")}

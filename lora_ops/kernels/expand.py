@@ -150,7 +150,8 @@ def expand_rows(
             tl.extra.cuda.gdc_launch_dependents()
         h = sum_h(h_ptr, rows, live, ranks, lora_slice, num_rows, RANK, SLICES, PLANES, GROUP, PACKED)
         h = h.to(b_ptr.dtype.element_ty)
-        for step in range(STEPS):
+        # fetching more than two products ahead would take more shared memory than some GPUs have
+        for step in tl.range(STEPS, num_stages=1 if RANK > 2 * BLOCK_R else None):
             if STEPS > 1:
                 b = load_b(b_block, columns, ranks, width, RANK, EVEN_R, EVEN_N, FLIPPED)
                 y_mask = live_rows if EVEN_N else live_rows & over_columns(columns < width, FLIPPED)
@@ -382,12 +383,13 @@ def fetched_config(
 def packed_columns(lora_b: list[torch.Tensor], config: ExpandConfig) -> int:
     """Columns whose ranks lie side by side in memory and make up a product's block_r ranks together, or 1.
 
-    Ranks below 16 then leave no part of a product, nor of what a warp fetches of B, empty.
+    Ranks below 16 then leave no part of a product, nor of what a warp fetches of B, empty. A weight that is not finite
+    makes the columns beside its own NaN, too, in the rows that are multiplied so.
     """
     rank = lora_b[0].shape[2]
     columns = config.block_r // rank
     whole = columns * rank == config.block_r and all(b.shape[1] % columns == 0 for b in lora_b)
-    fits = columns <= FEW_ROWS.value and config.block_n >= 16 * columns
+    fits = rank < 16 and columns <= FEW_ROWS.value and config.block_n >= 16 * columns
     return columns if whole and fits and lora_b[0].stride(1) == rank else 1
 
 

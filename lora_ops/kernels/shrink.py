@@ -318,8 +318,8 @@ def sum_h(
     With PACKED, rows come so many times in succession: the first with its ranks at 0, the next at RANK and so on.
     """
     if PACKED > 1:
-        part = tl.arange(0, rows.shape[0]) % PACKED
-        mask = live[:, None] & (ranks[None, :] // RANK == part[:, None])
+        column = tl.arange(0, rows.shape[0]) % PACKED
+        mask = live[:, None] & (ranks[None, :] // RANK == column[:, None])
         ranks = ranks % RANK
     else:
         mask = live[:, None] & (ranks < RANK)[None, :]

@@ -112,7 +112,8 @@ class Tiles:
     def held_wide(self, rank: int, dtype: torch.dtype, num_warps: int) -> int:
         """Rows of the wide tiles that a kernel holds beside its own, or 0.
 
-        Higher ranks gain by them; four warps have the registers for them, if tensor cores multiply.
+        Higher ranks gain by them; four warps have the registers for them, if tensor cores multiply. An expand asks for
+        twice its warps above rank 64, where its own tiles take as many registers.
         """
         return WIDE_ROWS if self.wide and rank > 32 and dtype.itemsize == 2 and num_warps >= 4 else 0
 
