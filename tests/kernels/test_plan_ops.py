@@ -238,6 +238,7 @@ def test_wide_tiles_serve_the_steps_that_fill_them(device, launched_expands, add
     plan, rows = layer.plan, 150
     plan.update([0] * rows)
     tiles = launches.plan_tiles(*plan_args(plan)[::2], rows)
+    assert tiles.held_wide(rank, torch.float16, num_warps=4) == 64
     x, base, width = layer.x[:rows], layer.y[:rows], layer.width
     for slots, wide in map(WIDE_STEPS.get, steps):
         plan.update(slots)
@@ -284,6 +285,17 @@ def few_rows_layer(rows: int, rank: int, widths: tuple[int, ...], dtype: torch.d
     return replace(layer, y=torch.randn(2 * rows, width + 16).to(dtype).to(device)[:, :width])
 
 
+def check_expand(layer: Layer, config: ExpandConfig, add_inputs: bool) -> None:
+    """y with this config of the expand, over NaN where it is not added to, is that of the reference."""
+    expected = layer.y.to(torch.float32, copy=True)
+    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
+    if not add_inputs:
+        layer.y[:] = nan
+    with pinned(len(layer.y), None, config):
+        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
+    assert_close(layer.y, expected, tolerance(layer.y.dtype))
+
+
 @pytest.mark.parametrize("add_inputs", [True, False])
 @pytest.mark.parametrize(
     ("rank", "widths", "block_n", "steps"),
@@ -294,13 +306,7 @@ def few_rows_layer(rows: int, rank: int, widths: tuple[int, ...], dtype: torch.d
 def test_rows_and_steps(device, dtype, launched_expands, rows, rank, widths, block_n, steps, add_inputs):
     """Half a tile of 16 rows at most is multiplied the other way round; a step fetches y for the next."""
     layer = few_rows_layer(rows, rank, widths, dtype, device)
-    expected = layer.y.to(torch.float32, copy=True)
-    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
-    if not add_inputs:
-        layer.y[:] = nan
-    with pinned(2 * rows, None, ExpandConfig(block_n, 32, num_warps=4, num_stages=3, steps=steps)):
-        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
-    assert_close(layer.y, expected, tolerance(dtype))
+    check_expand(layer, ExpandConfig(block_n, 32, num_warps=4, num_stages=3, steps=steps), add_inputs)
     assert launched_expands[-1]["STEPS"] == steps
 
 
@@ -323,13 +329,7 @@ def test_low_ranks_of_several_columns_share_a_product(
     device, dtype, launched_expands, rows, rank, widths, block_n, steps, packed, add_inputs
 ):
     layer = few_rows_layer(rows, rank, widths, dtype, device)
-    expected = layer.y.to(torch.float32, copy=True)
-    reference.lora_linear(expected, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
-    if not add_inputs:
-        layer.y[:] = nan
-    with pinned(2 * rows, None, ExpandConfig(block_n, 16, num_warps=8, num_stages=3, steps=steps)):
-        lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan, 0.5, 0, add_inputs)
-    assert_close(layer.y, expected, tolerance(dtype))
+    check_expand(layer, ExpandConfig(block_n, 16, num_warps=8, num_stages=3, steps=steps), add_inputs)
     assert launched_expands[-1]["PACKED"] == packed
 
 
