@@ -135,14 +135,15 @@ def _check_expand(op: str, h, lora_b, y, arena, layout, offset: int) -> list[tor
 def _expand_kernels(op, h, lora_b, y, arena, layout, step, idle, offset, add_inputs) -> None:
     """Check and compile the expand and run it, over a plan of this step; idle: none of them has an adapter."""
     weights = _check_expand(op, h, lora_b, y, arena, layout, offset)
-    if y.shape[0] == 0 or (add_inputs and idle):
+    if y.shape[0] == 0:
         return
     for group in _slice_groups(len(weights)):
         slices = h[group].contiguous()
         kernels = functools.partial(run_expand, slices, weights[group], y, offset, add_inputs)
         layer = _layer_key(op, y, *weights[group]), _memory_key(slices), offset, add_inputs
         compile_plan(kernels, layer, arena, layout, row_buckets())
-        kernels(plan_tiles(arena, layout, y.shape[0], step))
+        if not (add_inputs and idle):
+            kernels(plan_tiles(arena, layout, y.shape[0], step))
         offset += sum(b.shape[1] for b in weights[group])
 
 

@@ -445,6 +445,7 @@ def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens
     assert found == [planes[0], planes[0], planes[1], planes[1]]
     assert launches.num_planes(k, 1, rank, PLANES_BATCH + 1) == 1
     results = []
+    config = ExpandConfig(32, 64, num_warps=4, num_stages=2, steps=1)  # numpy's sums depend on the shape of a product
     ways = [(count, False) for count in (*planes, 1)]
     if tokens == 20:  # once is enough for the interpreter
         ways.append((planes[0], planes[0] > 1))
@@ -453,7 +454,8 @@ def test_the_number_of_planes_does_not_matter(device, dtype, monkeypatch, tokens
         monkeypatch.setattr(launches, "sums_planes", lambda *args, summed=summed: summed)
         y, h = layer.y.clone(), torch.full((1, tokens, rank), nan, device=device)
         lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan, -0.7)
-        lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, -0.7)
+        with pinned(tokens, None, config):
+            lora_ops.lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.plan, -0.7)
         results.append((y, h.view(torch.int32)))
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     for y, h in results[1:]:
@@ -691,6 +693,28 @@ def test_unaligned_memory_is_another_layer(device, monkeypatch, which):
     moved = tensors[which]
     run(**tensors | {which: [shifted(t) for t in moved] if isinstance(moved, list) else shifted(moved)})
     assert len(seen) == len(set(seen)) == (2 if which in ("h", "out") else 4)
+
+
+@pytest.mark.parametrize("op", ["lora_shrink", "lora_expand", "lora_linear"])
+def test_a_layer_without_adapters_is_compiled(device, monkeypatch, op):
+    """A server may profile without an adapter, and must compile nothing when the first one comes."""
+    seen = []
+    monkeypatch.setattr(ops, "compile_plan", lambda kernels, layer, *plan: seen.append(layer))
+    layer = make_layer(Case(4, 32, (8, 16), 8, 2, "idle"), torch.float16, device)
+    h = torch.zeros(2, 4, 8, device=device)
+    for slots in ([-1] * 4, [0, 1, -1, 0]):
+        layer.plan.update(slots)
+        base = layer.y.clone()
+        if op == "lora_shrink":
+            lora_ops.lora_shrink(layer.x, layer.lora_a, h, layer.plan)
+        elif op == "lora_expand":
+            lora_ops.lora_expand(h, layer.lora_b, layer.y, layer.plan)
+        else:
+            lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        if slots == [-1] * 4:
+            assert len(seen) == 1
+            assert torch.equal(layer.y, base)
+    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("warm", ["first call", "warmup"])
