@@ -308,7 +308,7 @@ def _activations(
     group = None if block_shape is None else block_shape[1]
 
     def rounded(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        q, scale = quantize(x, quant, scale, per_token, group, power_of_two_scales)
+        q, scale = quantize(x, quant, scale, per_token and scale is None, group, power_of_two_scales)
         return q.float() * _row_scale(scale, group, x.shape[1])
 
     if scale is not None and scale.numel() > 1:

@@ -257,9 +257,9 @@ def _function_row(versions: str, more: str = "") -> Patch:
 
 
 PATCHES = (
-    _function_row("==0.5.17"),
+    _function_row(">=0.5.17,<0.5.18"),
     _function_row(">=0.5.18,<0.5.23", _SINCE_18),
-    _function_row("==0.5.23", _SINCE_23),
+    _function_row(">=0.5.23,<0.5.24", _SINCE_23),
     Patch(
         target=f"{RUNNER}:TritonRunnerCore.run",
         signature="(self, runner_input, quant_info, running_state, hooks=None)",

@@ -201,15 +201,16 @@ def _clamped_swiglu(experts) -> tuple[float | None, float, float]:
 def _defer_quantisation(original):
     """Our kernels quantise the tokens themselves, and so does `TritonExperts.apply` when this property says so.
 
-    Not before an all-to-all, which sends fewer bytes of quantised tokens, and not for experts inside others (the small
-    batches of DeepGEMM's and CUTLASS's) that quantise for them: `from_experts` marks those.
+    Not before an all-to-all or an all-gather, which send fewer bytes of quantised tokens, and not for experts inside
+    others (the small batches of DeepGEMM's and CUTLASS's) that quantise for them: `from_experts` marks those.
     """
 
     def expects_unquantized_inputs(self) -> bool:
         if original(self):
             return True
         defers = _is_plain(self) and self.quant_dtype is not None and "_moe_ops_quantised_before" not in vars(self)
-        return defers and not self.moe_config.moe_parallel_config.use_all2all_kernels
+        parallel = self.moe_config.moe_parallel_config
+        return defers and parallel.dp_size == 1 and not parallel.use_all2all_kernels
 
     return expects_unquantized_inputs
 

@@ -136,6 +136,11 @@ LAYERS = {
         {"a1_scale": 0.1 + torch.rand(EXPERTS), "a2_scale": 0.1 + torch.rand(EXPERTS)},
     ),
     "fp8 channel and token": ("fp8_w8a8", {"channels": True}, {"per_token": True}),
+    "fp8 channel and token, static": (
+        "fp8_w8a8",
+        {"channels": True},
+        {"per_token": True, "a1_scale": torch.tensor(0.1), "a2_scale": torch.tensor([0.2])},
+    ),
     "fp8 blocks": ("fp8_w8a8", {"block_shape": (20, 32)}, {"block_shape": (20, 32)}),
     "fp8 blocks, powers of two": (
         "fp8_w8a8",
@@ -168,7 +173,8 @@ def test_layer_by_its_definition(name, on_input):
         if scale is not None and scale.numel() > 1:
             scale = scale[experts][:, None]
         group = None if block_shape is None else block_shape[1]
-        rounding = options.get("per_token", False), group, options.get("power_of_two_scales", False)
+        per_token = options.get("per_token", False) and scale is None
+        rounding = per_token, group, options.get("power_of_two_scales", False)
         q, scale = quantize(x, quant, scale, *rounding)
         return q.float() * (scale if group is None else scale.repeat_interleave(group, 1)[:, : x.shape[1]])
 

@@ -68,4 +68,5 @@ def test_what_we_do_not_take_stays_vllms(report, name):
 def test_tokens_are_quantised_by_us_unless_they_are_sent_first(report):
     assert report["defers"] is True
     assert report["defers before an all-to-all"] is False
+    assert report["defers before an all-gather"] is False
     assert report["defers unpatched"] is False

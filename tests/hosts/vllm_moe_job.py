@@ -91,11 +91,11 @@ def clamped_swiglu(out, x, limit, alpha, beta) -> None:
     out.copy_(gate * torch.sigmoid(alpha * gate) * (up + beta))
 
 
-def parallel(dp_size: int = 1):
-    """Of one rank, or of one of several with an all-to-all between them."""
+def parallel(dp_size: int = 1, use_ep: bool = True):
+    """Of one rank, or of one of several that send each other their tokens, experts shared out among them or not."""
     values = {field.name: 0 for field in dataclasses.fields(config.FusedMoEParallelConfig)}
     sizes = {name: 1 for name in values if name.endswith("_size")} | {"dp_size": dp_size}
-    more = {"use_ep": dp_size > 1, "all2all_backend": "naive", "enable_eplb": False}
+    more = {"use_ep": use_ep and dp_size > 1, "all2all_backend": "naive", "enable_eplb": False}
     return config.FusedMoEParallelConfig(**(values | sizes | more))
 
 
@@ -257,6 +257,8 @@ def main() -> None:
         report["defers"] = fp8.experts().expects_unquantized_inputs
         fp8.moe_config.moe_parallel_config = parallel(dp_size=2)
         report["defers before an all-to-all"] = fp8.experts().expects_unquantized_inputs
+        fp8.moe_config.moe_parallel_config = parallel(dp_size=2, use_ep=False)
+        report["defers before an all-gather"] = fp8.experts().expects_unquantized_inputs
     print(json.dumps(report))
 
 
