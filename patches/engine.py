@@ -27,6 +27,8 @@ logger = logging.getLogger("lora_ops")
 
 MARKER = "__ops_patch__"
 UNPATCHED = "unpatched again"
+PREFIXES = ("LORA_OPS_", "MOE_OPS_")
+"""Of our environment variables."""
 
 
 class PatchError(RuntimeError):
@@ -122,6 +124,7 @@ class PatchSet:
     entry_point: (group, name) under which the host loads our plugin in its processes.
     allowlist: the host's environment variable that lists the plugins it loads.
     listed: the names in a value of it, as the host reads it; None: it then loads all.
+    copied: the host's environment variable that lists prefixes of those which it sets on other machines, if it has one.
     platform: returns which platform the host runs on.
     before: "module:Class" whose live instances mean that it is too late to patch.
     extras: more that `status` tells.
@@ -140,6 +143,7 @@ class PatchSet:
     extras: Callable[[], dict] = dict
     key: str = ""
     listed: Callable[[str], Collection[str] | None] = comma_separated
+    copied: str = ""
 
     def __post_init__(self) -> None:
         self.key = self.key or self.name
@@ -149,6 +153,7 @@ class PatchSet:
         self._fired: Counter[str] = Counter()
         self._rows: tuple[Patch, ...] = ()
         self._env_before: str | None = None
+        self._prefixes: list[str] = []  # that `copied` lists because of this patch
         self._facts: dict | None = None
         os.register_at_fork(after_in_child=self._fired.clear)
 
@@ -183,7 +188,7 @@ class PatchSet:
             logger.warning("%s", exc)
 
     def patch(self, strict: bool = False) -> Handle:
-        """Patch the host, all rows or none, and set the environment variable for child processes.
+        """Patch the host, all rows or none, and set the environment variable for child processes, on any machine.
 
         Does nothing when patched already. What does not fit is one warning with every reason, and the host stays as
         it was; with `strict` it raises PatchError instead. Raises PatchError when the host has built what the patch
@@ -206,6 +211,7 @@ class PatchSet:
             return Handle(self, applied=False, reasons=tuple(self._reasons))
         self._env_before = os.environ.get(self.env)
         os.environ[self.env] = "1"
+        self._have_copied()
         logger.info(
             "%s: patched %s %s (%d targets) in pid %d: %s",
             self._library,
@@ -245,6 +251,15 @@ class PatchSet:
             os.environ.pop(self.env, None)
         else:
             os.environ[self.env] = self._env_before
+        if self._env_before == "1":
+            logger.warning(
+                "%s: %s=1 is of before the patch and stays: %s patches itself again when it next loads its plugins. "
+                "For an unpatched engine set it to 0",
+                self._library,
+                self.env,
+                self.name,
+            )
+        self._no_longer_have_copied()
         logger.info("%s: unpatched %s in pid %d", self._library, self.name, os.getpid())
         state.publish(force=True)
 
@@ -329,6 +344,24 @@ class PatchSet:
             **self.extras(),
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }
+
+    def _have_copied(self) -> None:
+        """Have the host set our variables on other machines, too."""
+        if self.copied:
+            listed = [name for name in os.environ.get(self.copied, "").split(",") if name]
+            self._prefixes = [prefix for prefix in PREFIXES if prefix not in listed]
+            os.environ[self.copied] = ",".join(listed + self._prefixes)
+
+    def _no_longer_have_copied(self) -> None:
+        """Undo `_have_copied`; what was listed before, or by others, stays."""
+        if not self._prefixes:
+            return
+        left = [name for name in os.environ.get(self.copied, "").split(",") if name and name not in self._prefixes]
+        if left:
+            os.environ[self.copied] = ",".join(left)
+        else:
+            os.environ.pop(self.copied, None)
+        self._prefixes = []
 
     def _rows_for(self, platform: str, version: str) -> tuple[Patch, ...]:
         return tuple(row for row in self.patches if row.platform in ("", platform) and _within(version, row.versions))

@@ -293,6 +293,7 @@ VLLM_LORA = PatchSet(
     env="LORA_OPS_VLLM",
     entry_point=("vllm.general_plugins", "lora_ops"),
     allowlist="VLLM_PLUGINS",
+    copied="VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY",
     platform=platform,
     patches=PATCHES,
     contracts=CONTRACTS,

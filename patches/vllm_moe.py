@@ -325,6 +325,7 @@ VLLM_MOE = PatchSet(
     env="MOE_OPS_VLLM",
     entry_point=("vllm.general_plugins", "moe_ops"),
     allowlist="VLLM_PLUGINS",
+    copied="VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY",
     platform=platform,
     patches=PATCHES,
     contracts=CONTRACTS,

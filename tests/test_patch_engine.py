@@ -184,6 +184,29 @@ def test_patch_and_unpatch_are_idempotent(host):
     assert_untouched(host)
 
 
+@pytest.mark.parametrize(
+    ("before", "patched"),
+    [(None, "LORA_OPS_,MOE_OPS_"), ("AWS_,", "AWS_,LORA_OPS_,MOE_OPS_"), ("MOE_OPS_", "MOE_OPS_,LORA_OPS_")],
+)
+def test_the_host_copies_our_variables_to_other_machines(host, monkeypatch, before, patched):
+    monkeypatch.delenv("STUB_COPIED", raising=False)
+    if before is not None:
+        monkeypatch.setenv("STUB_COPIED", before)
+    with patch_set(copied="STUB_COPIED").patch():
+        assert os.environ["STUB_COPIED"] == patched
+    assert os.environ.get("STUB_COPIED") == (before and before.rstrip(","))
+
+
+def test_sets_that_are_undone_in_any_order_leave_nothing_listed(host, monkeypatch):
+    monkeypatch.delenv("STUB_COPIED", raising=False)
+    first, second = patch_set(SCALE, copied="STUB_COPIED"), patch_set(DEVICE, copied="STUB_COPIED", env="MOE_STUB")
+    first.patch()
+    second.patch()
+    first.unpatch()
+    second.unpatch()
+    assert "STUB_COPIED" not in os.environ
+
+
 def test_patching_again_after_unpatching_works(host):
     patches = patch_set()
     for _ in range(2):
@@ -435,12 +458,16 @@ def test_unpatch_refuses_when_its_replacement_was_removed(host):
 
 
 @pytest.mark.parametrize("before", [None, "0", "1"])
-def test_the_environment_variable_is_set_and_restored(host, monkeypatch, before):
+def test_the_environment_variable_is_set_and_restored(host, monkeypatch, caplog, before):
+    """With a warning where the next engine would be patched again by it."""
     if before is not None:
         monkeypatch.setenv(ENV, before)
     with patch_set().patch():
         assert os.environ[ENV] == "1"
     assert os.environ.get(ENV) == before
+    assert [ENV in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        True for _ in range(before == "1")
+    ]
 
 
 @pytest.mark.parametrize("value", ["", "2", "true", "01", " 1"])

@@ -353,3 +353,18 @@ def test_a_bad_value_of_the_variable_stops_vllm():
     done = run(PLUGIN, LORA_OPS_VLLM="yes")
     assert done.returncode != 0
     assert "LORA_OPS_VLLM='yes' is not allowed: set it to 1 (patch vllm) or 0 (do not)" in done.stderr
+
+
+def test_vllm_sets_our_variables_on_other_machines():
+    """Ray's workers there get only the variables that vLLM lists."""
+    code = """
+import os, lora_ops
+from vllm.ray.ray_env import get_env_vars_to_copy
+os.environ["LORA_OPS_CONFIG_DIR"] = os.getcwd()
+before = get_env_vars_to_copy()
+with lora_ops.patch_vllm(strict=True):
+    copied = get_env_vars_to_copy()
+assert {"LORA_OPS_CONFIG_DIR", "LORA_OPS_VLLM"} <= copied - before, copied
+assert get_env_vars_to_copy() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
