@@ -41,7 +41,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
-from running import git_commit, now, positive
+from running import git_commit, make_results, now, positive
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -459,7 +459,9 @@ def write_csv(options: argparse.Namespace, results: dict[str, dict], rows: list[
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.variant or options.compare or options.process):
+        raise SystemExit("nothing to do: give --variant, --compare or both")
+    make_results(options.out)
     if options.process:
         run = run_reference if options.process == "reference" else run_engine
         result_file(options, options.process).write_text(json.dumps(run(options)))

@@ -40,6 +40,7 @@ from running import (
     RESULTS,
     append_rows,
     git_commit,
+    make_results,
     origin,
     positive,
     progress_bar,
@@ -406,6 +407,8 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out
     if out is None and ON_GPU:
         out = RESULTS / GPU.replace(" ", "_")
+    if out:
+        make_results(out)
     path = out / "ops_lora.csv" if out else None
     if options.report:
         if path is None:

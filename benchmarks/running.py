@@ -21,6 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ops_configs import tuning
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -58,6 +60,18 @@ def origin(gpu: str, commit: str) -> dict[str, str]:
 
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     return {"gpu": gpu, **versions, "commit": commit, "date": now()}
+
+
+def make_results(folder: Path) -> None:
+    """Make the folder of --out before anything is measured.
+
+    Raises:
+        SystemExit: nothing can be written there.
+    """
+    try:
+        tuning.writable(folder)
+    except ValueError as error:
+        raise SystemExit(f"--out: {error}") from error
 
 
 def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

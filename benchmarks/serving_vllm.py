@@ -49,7 +49,7 @@ import vllm_agreement
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from running import now, positive
+from running import make_results, now, positive
 from serving_server import (
     LORA,
     VLLM,
@@ -63,7 +63,6 @@ from serving_server import (
 )
 from serving_traffic import DISTRIBUTIONS, ClientError, Load, Traffic, adapter_name, client_command, run_client
 
-from ops_configs import tuning
 from ops_patches import state
 
 VARIANTS = ("base", "stock", "patched")
@@ -606,10 +605,7 @@ def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> 
     options.work = options.work.resolve()
     runs = plan(options)
     report.read(path)  # a file that is not ours is found now, not after the first measurement
-    try:
-        tuning.writable(path.parent)
-    except ValueError as error:
-        raise SystemExit(f"--out: {error}") from error
+    make_results(path.parent)
     if options.resume:
         runs = left_to_do(runs, options, machine, path)
     with tempfile.TemporaryDirectory(prefix=f"{name}_status_") as status_folder:

@@ -52,7 +52,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import git_commit, now, positive
+from running import git_commit, make_results, now, positive
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
 PROBES_PER_S = 2.0
@@ -624,6 +624,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
+    if options.out:
+        make_results(options.out.parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the engine's process ends, too
     here = Path(__file__).resolve()
     # in a process of its own, which frees the GPU

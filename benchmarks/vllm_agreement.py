@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from running import git_commit, now, positive
+from running import git_commit, make_results, now, positive
 
 ENGINES = ("base", "stock", "patched")
 VARIANTS = ("reference", *ENGINES)
@@ -669,7 +669,9 @@ def write_csv(options: argparse.Namespace, results: dict[str, dict], records: li
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.variant or options.compare or options.process):
+        raise SystemExit("nothing to do: give --variant, --compare or both")
+    make_results(options.out)
     if options.process:
         run = run_reference if options.process == "reference" else run_engine
         result = run(options) | {

@@ -173,7 +173,7 @@ def segments(op: str, starts: torch.Tensor, lengths: torch.Tensor, max_length: i
     """Segments must lie inside the batch and be no longer than max_length; not checked while a stream captures."""
     if starts.numel() == 0 or (starts.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    first, end, longest = int(starts.min()), int((starts + lengths).max()), int(lengths.max())
+    first, end, longest = int(starts.min()), int((starts.long() + lengths).max()), int(lengths.max())
     if first < 0 or end > rows or longest > max_length or int(lengths.min()) < 0:
         raise ValueError(
             f"{op}: segments span rows {first} to {end - 1} with up to {longest} rows, but the batch has {rows} rows "

@@ -339,6 +339,8 @@ def _check_expand_rows(op: str, x, weight, out, offset: int, width: int) -> None
 def _check_segments(
     op: str, seq_starts, seq_lengths, slots, batches: int, max_seq_length: int, rows: int, device: torch.device
 ) -> None:
+    if batches < 0:
+        raise ValueError(f"{op}: batches is {batches}, expected the number of segments")
     for name, tensor in (("seq_starts", seq_starts), ("seq_lengths", seq_lengths), ("slot_indices", slots)):
         checks.integers(op, name, tensor, device)
         if tensor.shape[0] < batches:

@@ -218,15 +218,22 @@ class LoraPlan:
             slot_stride: what the offsets of two slots differ by, where the plan has offsets.
 
         Raises:
+            TypeError: slots that are no integers.
             ValueError: too many tokens, a slot outside -1..max_slots-1, or offsets that do not fit into int32.
             RuntimeError: a CUDA graph is being captured, which would replay the plan of this step.
         """
-        slots = np.array(token_slots, dtype=np.int32)  # a copy: contiguous and writable, as the compiled loop takes it
+        given = np.asarray(token_slots)
+        if given.size and given.dtype.kind not in "iu":
+            raise TypeError(f"token_slots are of dtype {given.dtype}, expected integers in -1..{self.max_slots - 1}")
+        slots = given.astype(np.int32, order="C")  # a copy: contiguous and writable, as the compiled loop takes it
         if slots.ndim != 1 or slots.size > self.max_tokens:
             raise ValueError(
                 f"token_slots has shape {slots.shape}, but this plan holds one dimension of at most "
                 f"{self.max_tokens} tokens: build the LoraPlan with a larger max_tokens"
             )
+        if given.dtype != np.int32 and given.size and not (given == slots).all():
+            token = int((given != slots).argmax())
+            raise ValueError(self._bad_slot(token, given[token]))
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a LoraPlan was updated while a CUDA graph is captured: update it before each replay")
         wanted = (slots.tobytes(), slot_stride)
@@ -247,13 +254,14 @@ class LoraPlan:
             staging.values, self._blank, staging.used, self._starts, slots, self.max_slots, slot_stride
         )
         if bad >= 0:
-            raise ValueError(
-                f"token {bad} has adapter slot {slots[bad]}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
-            )
+            raise ValueError(self._bad_slot(bad, slots[bad]))
         self._pool.sends(staging)
         staging.expect(self.arena, self._blank.size + tiles * TILE_ROWS[1])
         self._staging, self._num_groups = staging, groups
         self._counts[:] = slots.size, num_active, tiles
+
+    def _bad_slot(self, token: int, slot: int) -> str:
+        return f"token {token} has adapter slot {slot}, but slots are 0..{self.max_slots - 1} (-1 = no adapter)"
 
     def expect_any_step(self) -> None:
         """Until the next `update`, launch what any step may need: for a CUDA graph captured before the first step."""

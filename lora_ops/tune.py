@@ -87,7 +87,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown := [n for n in args.tokens if n not in store.BUCKETS]:
         parser.error(f"--tokens {unknown}: there are {', '.join(map(str, store.BUCKETS))}")
     args.tokens = sorted(set(args.tokens))
-    if args.max_loras < 1 or args.compile_processes < 1 or args.time_limit <= 0:
+    if args.max_loras < 1 or args.compile_processes < 1 or not args.time_limit > 0:
         parser.error("--max-loras, --compile-processes and --time-limit must be positive")
     if args.only_vllm and not args.write_vllm:
         parser.error("--only-vllm needs --write-vllm FOLDER")

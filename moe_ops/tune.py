@@ -84,7 +84,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown := [n for n in args.batch_size if n not in TOKENS]:
         parser.error(f"--batch-size {unknown}: there are {', '.join(map(str, TOKENS))}")
     args.batch_size = sorted(set(args.batch_size))
-    if args.compile_processes < 1 or args.time_limit <= 0:
+    if args.compile_processes < 1 or not args.time_limit > 0:
         parser.error("--compile-processes and --time-limit must be positive")
     if args.only_hosts and not (args.write_vllm or args.write_sglang):
         parser.error("--only-hosts needs --write-vllm FOLDER or --write-sglang FOLDER")

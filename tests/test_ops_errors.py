@@ -162,10 +162,13 @@ def test_bgmv_indices(index, message):
         ([0, 1], [1, 3], 2, 2, "max_seq_length is 2"),
         ([-1, 0], [1, 3], 2, 3, "segments span rows -1"),
         ([0], [4], 2, 4, r"seq_starts has shape \(1,\), expected at least 2 segments"),
+        ([2**31 - 1, 0], [3, 1], 2, 3, "segments span rows 0 to 2147483649"),
+        ([0, 2], [2, 2], -1, 2, "batches is -1"),
     ],
 )
 def test_sgmv_segments(starts, lengths, batches, longest, message):
-    segments = (torch.tensor(starts), torch.tensor(lengths), torch.tensor([0, 1]), batches, longest, M)
+    starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in (starts, lengths))
+    segments = (starts, lengths, torch.tensor([0, 1]), batches, longest, M)
     with pytest.raises(ValueError, match=message):
         lora_ops.sgmv_shrink(torch.randn(M, K), torch.randn(L, R, K), torch.zeros(M, R), *segments)
 

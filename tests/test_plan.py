@@ -344,13 +344,20 @@ def test_buffers_do_not_move():
         ([-2, 0], "token 0 has adapter slot -2"),
         ([0] * 9, "at most 8 tokens"),
         ([[0, 1]], r"shape \(1, 2\)"),
+        ([1, 2**32], r"token 1 has adapter slot 4294967296, but slots are 0\.\.3"),
+        (np.array([2**32 - 1], np.uint32), "token 0 has adapter slot 4294967295"),
+        ([0.0, 1.7], "token_slots are of dtype float64, expected integers in -1..3"),
+        (torch.tensor([0.9]), "token_slots are of dtype float32"),
+        (["1"], "token_slots are of dtype <U1"),
+        ([True], "token_slots are of dtype bool"),
+        ([2**70], "token_slots are of dtype object"),
     ],
 )
 def test_bad_slots_are_named_and_leave_the_plan_alone(slots, message):
     plan = LoraPlan(8, 4, "cpu")
     plan.update([1, 2])
     before = plan.arena.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if "dtype" in message else ValueError, match=message):
         plan.update(slots)
     assert torch.equal(plan.arena, before)
     assert plan.num_tokens == 2

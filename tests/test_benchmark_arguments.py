@@ -1,0 +1,37 @@
+"""Arguments of the scripts in benchmarks/ that are refused before anything is measured."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def refusal(script: str, *words: str) -> str:
+    """What a script says that ends at once."""
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), *words], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("vllm_agreement.py", "--variant stock"),
+        ("moe_agreement.py", "--host vllm --variant base"),
+        ("soak.py", "--model tiny"),
+        ("ops_speed.py", ""),
+    ],
+)
+def test_a_folder_that_cannot_be_made(tmp_path, script, words):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "results" / "x"
+    assert f"--out: {out.parent}" in refusal(script, *words.split(), "--out", str(out))
+
+
+@pytest.mark.parametrize("words", ["vllm_agreement.py", "moe_agreement.py --host vllm"])
+def test_nothing_to_do(tmp_path, words):
+    assert "nothing to do: give --variant, --compare or both" in refusal(*words.split(), "--out", str(tmp_path))
