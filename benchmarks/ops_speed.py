@@ -407,8 +407,6 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out
     if out is None and ON_GPU:
         out = RESULTS / GPU.replace(" ", "_")
-    if out:
-        make_results(out)
     path = out / "ops_lora.csv" if out else None
     if options.report:
         if path is None:
@@ -416,6 +414,8 @@ def main(argv: list[str] | None = None) -> int:
         report(list({key_of(row): row for row in read_rows(path, COLUMNS)}.values()), out, console)
         return 0
 
+    if out:
+        make_results(out)
     cases = choose_cases(options)
     if not cases:
         raise SystemExit("no case of the grid has these --tokens and --adapters: give both, for their product")
