@@ -1,11 +1,15 @@
 """Runs every op on a GPU over ragged shapes; test_compute_sanitizer.py runs it under compute-sanitizer."""
 
+import itertools
+
 import torch
 
 import lora_ops
 import moe_ops
+from ops_configs.lora import ExpandConfig, pinned
 from tests.kernels import test_moe_ops as moe
 from tests.kernels import test_moe_quant as moe_quant
+from tests.kernels import test_plan_ops as plan_ops
 from tests.kernels.cases import CASES, assert_close, make_layer, tolerance
 
 
@@ -36,6 +40,30 @@ def lora() -> None:
         print(case, flush=True)
 
 
+def aligned_lora() -> None:
+    """Layers aligned as models' are: tiles of 64 rows, of few rows, products that ranks share, several steps."""
+    wide = [
+        (64, 64, plan_ops.WIDE_CONFIGS),
+        (64, 64, plan_ops.STEPPED_WIDE_CONFIGS),
+        (64, 128, plan_ops.RANK_128_CONFIGS),
+        (4096, 64, plan_ops.LONG_WIDE_CONFIGS),
+    ]
+    for k, rank, configs in wide:
+        layer = plan_ops.wide_layer(k, "cuda", torch.bfloat16, rank)
+        for slots in ([2, 2, 3] * 100, [1] * 129 + [-1] * 20):
+            layer.plan.update(slots)
+            with pinned(300, *configs):
+                lora_ops.lora_linear(layer.y, layer.x, layer.lora_a, layer.lora_b, layer.plan)
+        torch.cuda.synchronize()
+        print(f"wide tiles, K{k} R{rank}", flush=True)
+    for rows, rank, steps in itertools.product((1, 3, 9, 260), (8, 32), (1, 3)):
+        layer = plan_ops.few_rows_layer(rows, rank, (96, 48), torch.bfloat16, "cuda")
+        config = ExpandConfig(64, max(rank, 16), num_warps=4, num_stages=3, steps=steps)
+        plan_ops.check_expand(layer, config, add_inputs=True)
+        torch.cuda.synchronize()
+        print(f"{rows} rows, R{rank}, {steps} steps", flush=True)
+
+
 def experts() -> None:
     for case in moe.CASES:
         layer = moe.make_layer(case, torch.bfloat16, "cuda")
@@ -52,4 +80,5 @@ def experts() -> None:
 
 if __name__ == "__main__":
     lora()
+    aligned_lora()
     experts()
