@@ -37,6 +37,8 @@ def report() -> dict:
         "windows": [window() for _ in range(4)],
         "idle": idle(),
         "idle_after": idle(),
+        "speed": 1000.0,
+        "speed_after": 950.0,
     }
 
 
@@ -107,9 +109,10 @@ def test_what_the_host_loses_by_loading_is_allowed(report):
     assert broken(report) == []
 
 
-def test_a_last_window_that_is_slower(report):
-    report["windows"][3].tokens = 53_000
-    assert broken(report) == ["tokens/s lost from the first to the last window"]
+@pytest.mark.parametrize("after", [890.0, float("nan")])
+def test_a_slower_engine(report, after):
+    report["speed_after"] = after
+    assert broken(report) == ["tokens/s of the same requests lost, idle to idle"]
 
 
 @pytest.mark.parametrize(
