@@ -132,7 +132,7 @@ def _run_layer(out, hidden, *args):
     (_replayed_layer if uses_kernels(hidden) else _layer)(out, hidden, *args)
 
 
-def _check_layer(
+def check_layer(
     hidden,
     w13,
     w2,
@@ -220,7 +220,7 @@ def _layer(
         "block_shape": block_shape,
         "power_of_two_scales": power_of_two_scales,
     }
-    hidden = _check_layer(hidden, w13, w2, topk_weights, topk_ids, **options)
+    hidden = check_layer(hidden, w13, w2, topk_weights, topk_ids, **options)
     if not uses_kernels(hidden):
         reference.fused_experts(hidden, w13, w2, topk_weights, topk_ids, **options, out=out)
         return
@@ -380,6 +380,17 @@ def warmup_layer(
     """
     from .launches import compile_layer
 
+    tensors, options = one_token(w13, w2, top_k, dtype, ids_dtype, weights_dtype, **layer)
+    check_layer(*tensors, **options)
+    if w2.is_cuda and not torch.cuda.is_current_stream_capturing():
+        with torch.cuda.device(w2.device):
+            compile_layer(*tensors, **options)
+
+
+def one_token(
+    w13, w2, top_k, dtype, ids_dtype, weights_dtype, **layer
+) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+    """The tensors and options of a call of the layer with one token, from the arguments of `warmup_layer`."""
     options = {**fused_experts.__kwdefaults__, **layer}
     options |= {name: float(options[name]) for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling")}  # as the op
     del options["out"]
@@ -388,7 +399,4 @@ def warmup_layer(
     hidden = filled(1, w2.shape[1], dtype=dtype, device=w2.device)
     weights = filled(1, top_k, dtype=weights_dtype, device=w2.device)
     ids = filled(1, top_k, dtype=ids_dtype, device=w2.device)
-    _check_layer(hidden, w13, w2, weights, ids, **options)
-    if hidden.is_cuda and not capturing:
-        with torch.cuda.device(hidden.device):
-            compile_layer(hidden, w13, w2, weights, ids, **options)
+    return (hidden, w13, w2, weights, ids), options

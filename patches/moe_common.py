@@ -58,6 +58,7 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
     Raises:
         LeftToHost: dtypes, shapes or a device that `moe_ops.fused_experts` does not take.
         ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        Whatever compiling the layer's kernels raises.
     """
     kinds = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}
     form = hidden.device, *kinds.values(), topk_ids.shape[1], *map(_form, (w13, w2, *layer.values()))
@@ -78,10 +79,12 @@ def _warmed_up(w13, w2, top_k, **layer) -> str:
             "moe_ops: a layer was first seen while a CUDA graph is captured: its kernels compile as they come"
         )
     store.user_folder()  # raises for one that is none: that is an error, not a layer which ours do not take
+    tensors, options = moe_ops.ops.one_token(w13, w2, top_k, **layer)
     try:
-        moe_ops.warmup_layer(w13, w2, top_k, **layer)
+        moe_ops.ops.check_layer(*tensors, **options)
     except (ValueError, TypeError) as error:
         return str(error)
+    moe_ops.warmup_layer(w13, w2, top_k, **layer)  # beyond the try: errors of compiling are no reason to leave a layer
     return ""
 
 

@@ -1,5 +1,6 @@
 """Which layers the MoE patches take: quantisation and activations as both hosts say them, and the reasons to leave."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -131,10 +132,10 @@ def test_a_layer_is_warmed_up_once(monkeypatch):
     monkeypatch.setattr(moe_common, "_seen", {})
     monkeypatch.setattr(moe_common.moe_ops, "warmup_layer", lambda *a, **k: warmed.append(k), raising=False)
     monkeypatch.setattr(moe_common.moe_ops, "fused_experts", lambda *a, **k: k["out"], raising=False)
-    w13, w2 = torch.zeros(E, 2 * I, K), torch.zeros(E, K, I)
 
     def run(tokens: int, dtype=torch.float32, **layer) -> None:
-        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        w13 = torch.zeros(E, 2 * I if layer["gated"] else I, K, dtype=dtype)
+        w2, ids = torch.zeros(E, K, I, dtype=dtype), torch.zeros(tokens, 2, dtype=torch.int32)
         moe_common.run(torch.zeros(tokens, K, dtype=dtype), w13, w2, torch.ones(tokens, 2), ids, **layer)
 
     run(1, gated=True)
@@ -183,6 +184,26 @@ def test_forms_that_ours_refuse_stay_with_the_host(monkeypatch):
     monkeypatch.setattr(moe_common.moe_ops, "fused_experts", broken, raising=False)
     with pytest.raises(RuntimeError, match="injected fault"):
         routed(**call)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_errors_of_compiling_are_raised_each_time(monkeypatch, error):
+    """They are no reason to leave a layer to the host: nobody would see that a kernel does not compile."""
+
+    def broken(*args, **options):
+        raise error("injected fault")
+
+    monkeypatch.setattr(moe_common, "_seen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launches, "compile_layer", broken)
+    routed = moe_common.or_host(lambda **call: pytest.fail("the host's"), lambda **call: call)
+    with FakeTensorMode(), torch.device("cuda"):
+        call = {"hidden": torch.empty(3, K), "w13": torch.empty(E, 2 * I, K), "w2": torch.empty(E, K, I)}
+        call |= {"topk_weights": torch.empty(3, 2), "topk_ids": torch.empty(3, 2, dtype=torch.int32)}
+        for _ in range(2):
+            with pytest.raises(error, match="injected fault"):
+                routed(**call)
 
 
 def test_a_layer_first_seen_in_a_capture_is_checked_and_not_compiled(monkeypatch):
