@@ -391,9 +391,12 @@ def one_token(
     w13, w2, top_k, dtype, ids_dtype, weights_dtype, **layer
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
     """The tensors and options of a call of the layer with one token, from the arguments of `warmup_layer`."""
-    options = {**fused_experts.__kwdefaults__, **layer}
-    options |= {name: float(options[name]) for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling")}  # as the op
+    options = dict(fused_experts.__kwdefaults__)
     del options["out"]
+    if unknown := sorted(layer.keys() - options.keys()):
+        raise TypeError(f"warmup_layer: {', '.join(unknown)} is no option of a layer, those are {', '.join(options)}")
+    options |= layer
+    options |= {name: float(options[name]) for name in ("swiglu_alpha", "swiglu_limit", "routed_scaling")}  # as the op
     capturing = w2.is_cuda and torch.cuda.is_current_stream_capturing()
     filled = torch.empty if capturing else torch.zeros  # a graph would fill with zeros each time
     hidden = filled(1, w2.shape[1], dtype=dtype, device=w2.device)
