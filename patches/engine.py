@@ -30,6 +30,9 @@ UNPATCHED = "unpatched again"
 PREFIXES = ("LORA_OPS_", "MOE_OPS_")
 """Of our environment variables."""
 
+_copied: Counter[tuple[str, str]] = Counter()
+"""By variable of a host and prefix: how many patches have it listed there, where nobody else had."""
+
 
 class PatchError(RuntimeError):
     """A patch cannot be applied or undone; the message lists every reason."""
@@ -349,14 +352,17 @@ class PatchSet:
         """Have the host set our variables on other machines, too."""
         if self.copied:
             listed = [name for name in os.environ.get(self.copied, "").split(",") if name]
-            self._prefixes = [prefix for prefix in PREFIXES if prefix not in listed]
-            os.environ[self.copied] = ",".join(listed + self._prefixes)
+            self._prefixes = [name for name in PREFIXES if name not in listed or _copied[self.copied, name]]
+            _copied.update((self.copied, name) for name in self._prefixes)
+            os.environ[self.copied] = ",".join(dict.fromkeys(listed + self._prefixes))
 
     def _no_longer_have_copied(self) -> None:
-        """Undo `_have_copied`; what was listed before, or by others, stays."""
+        """Undo `_have_copied`; what was listed before, or by others, or is still another patch's, stays."""
         if not self._prefixes:
             return
-        left = [name for name in os.environ.get(self.copied, "").split(",") if name and name not in self._prefixes]
+        _copied.subtract((self.copied, name) for name in self._prefixes)
+        needless = {name for name in self._prefixes if not _copied[self.copied, name]}
+        left = [name for name in os.environ.get(self.copied, "").split(",") if name and name not in needless]
         if left:
             os.environ[self.copied] = ",".join(left)
         else:

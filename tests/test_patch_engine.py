@@ -197,14 +197,20 @@ def test_the_host_copies_our_variables_to_other_machines(host, monkeypatch, befo
     assert os.environ.get("STUB_COPIED") == (before and before.rstrip(","))
 
 
-def test_sets_that_are_undone_in_any_order_leave_nothing_listed(host, monkeypatch):
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("before", [None, "AWS_", "MOE_OPS_"])
+def test_sets_that_are_undone_in_any_order_leave_nothing_listed(host, monkeypatch, before, order):
     monkeypatch.delenv("STUB_COPIED", raising=False)
-    first, second = patch_set(SCALE, copied="STUB_COPIED"), patch_set(DEVICE, copied="STUB_COPIED", env="MOE_STUB")
-    first.patch()
-    second.patch()
-    first.unpatch()
-    second.unpatch()
-    assert "STUB_COPIED" not in os.environ
+    if before is not None:
+        monkeypatch.setenv("STUB_COPIED", before)
+    sets = patch_set(SCALE, copied="STUB_COPIED"), patch_set(DEVICE, copied="STUB_COPIED", env="MOE_STUB")
+    for patches in sets:
+        patches.patch()
+    listed = os.environ["STUB_COPIED"]
+    sets[order[0]].unpatch()
+    assert os.environ["STUB_COPIED"] == listed
+    sets[order[1]].unpatch()
+    assert os.environ.get("STUB_COPIED") == before
 
 
 def test_patching_again_after_unpatching_works(host):
