@@ -72,9 +72,13 @@ class PlannedLora:
             self.sampler_plan.update(self._sampler_slots)
         return self.sampler_plan
 
+    def _operands(self, x: torch.Tensor, *weights: Sequence[torch.Tensor]) -> tuple:
+        """x [..., K] as [rows, K], and the weights of all slices as lists."""
+        return flat_rows(x), *map(list, weights)
+
     def add_shrink(self, y, x, lora_a_stacked, scale: float, **kwargs) -> None:
         """y[s] = scale * A_s x for each slice s; y fp32 [S, M, R], zero for rows without adapter."""
-        torch.ops.lora_ops.lora_shrink(flat_rows(x), list(lora_a_stacked), y, *plan_args(self.plan), scale)
+        torch.ops.lora_ops.lora_shrink(*self._operands(x, lora_a_stacked), y, *plan_args(self.plan), scale)
 
     def add_expand(
         self,
@@ -116,9 +120,7 @@ class PlannedLora:
         check_slices("add_lora_linear", lora_b_stacked, output_slices)
         torch.ops.lora_ops.lora_linear(
             y.view(-1, y.shape[-1]),
-            flat_rows(x),
-            list(lora_a_stacked),
-            list(lora_b_stacked),
+            *self._operands(x, lora_a_stacked, lora_b_stacked),
             *plan_args(self.plan),
             scale,
             0,
@@ -139,15 +141,15 @@ class PlannedLora:
         """y += scale * B A x for the sampled positions."""
         if buffer is not None:
             raise ValueError("add_lora_logits makes its own buffer: call it without one")
-        y, x = y.view(-1, y.shape[-1]), flat_rows(x)
-        torch.ops.lora_ops.lora_linear(
-            y, x, [lora_a_stacked], [lora_b_stacked], *plan_args(self._sampled()), scale, 0, True
-        )
+        operands = self._operands(x, [lora_a_stacked], [lora_b_stacked])
+        y = y.view(-1, y.shape[-1])
+        torch.ops.lora_ops.lora_linear(y, *operands, *plan_args(self._sampled()), scale, 0, True)
 
     def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
         """y = W[slot] x + bias for the sampled positions whose adapter replaces the whole layer (classifier heads)."""
         adapter_y = torch.empty((1, x.size(0), weight_stacked.size(-2)), dtype=torch.float32, device=x.device)
-        torch.ops.lora_ops.lora_shrink(flat_rows(x), [weight_stacked], adapter_y, *plan_args(self._sampled()), 1.0)
+        operands = self._operands(x, [weight_stacked])
+        torch.ops.lora_ops.lora_shrink(*operands, adapter_y, *plan_args(self._sampled()), 1.0)
         y.copy_(self._select_full_linear_output(y, adapter_y[0], bias_stacked, module_enabled))
 
 

@@ -19,3 +19,10 @@ class LoraOpsPunicaWrapperCPU(PlannedLora, PunicaWrapperCPU):
         """Keep the host's own metadata (LoRA embeddings read it), and plan the step."""
         PunicaWrapperCPU.update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         self._update_plans(mapping, lora_index_to_id, vocab_size)
+
+    def _operands(self, x: torch.Tensor, *weights) -> tuple:
+        """In fp32, as the host's ops compute, where `--lora-dtype` is another than the model's."""
+        x, *weights = PlannedLora._operands(self, x, *weights)
+        if x.dtype != weights[0][0].dtype:
+            x, *weights = x.float(), *([weight.float() for weight in slices] for slices in weights)
+        return x, *weights

