@@ -26,6 +26,8 @@ from ops_patches.vllm_moe import VLLM_MOE
 PATCHES = (VLLM_LORA, VLLM_MOE, SGLANG_MOE)
 DISTRIBUTIONS = ("serving-ops", "torch", "triton", "numba", *VLLM_LORA.hosts, *SGLANG_MOE.hosts, "transformers", "peft")
 PREFIXES = ("LORA_OPS_", "MOE_OPS_")
+STATUS_FIELDS = {"host", "version", "patched", "reasons", "targets", "never_fired", "counters"}
+"""Of `PatchSet.status`, that are read here."""
 VARIABLES = {
     VLLM_LORA.env: "1: patch vLLM's LoRA layers, also in the processes it starts; 0 or unset: do not",
     VLLM_MOE.env: "1: patch vLLM's MoE layers, also in the processes it starts; 0 or unset: do not",
@@ -84,9 +86,10 @@ def environment() -> list[dict[str, str | None]]:
         except ValueError as exc:
             found[variable]["problem"] = str(exc)
     folder = state.directory()
-    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        problem = f"{folder} cannot be written: set {state.STATUS_DIR} to a folder of yours"
-        found[state.STATUS_DIR]["problem"] = problem
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        wrong = "cannot be written" if there.is_dir() else "is no folder"
+        found[state.STATUS_DIR]["problem"] = f"{there} {wrong}: set {state.STATUS_DIR} to a folder of yours"
     return list(found.values())
 
 
@@ -97,6 +100,22 @@ def fit(patches: PatchSet) -> dict:
     with contextlib.redirect_stdout(sys.stderr):  # hosts log on import
         misfits = patches.verify()
     return {"installed": True, "misfits": misfits, "unreached_children": patches.unreached_children()}
+
+
+def status_files() -> tuple[list[dict], list[str]]:
+    """The statuses of live processes, and what is wrong with other files of the folder."""
+    found, problems = [], []
+    for path, status in state.files():
+        if status is not None and all(_is_status(status[patches.key]) for patches in PATCHES if patches.key in status):
+            found.append(status)
+        else:
+            another = f"remove it, or set {state.STATUS_DIR} to another folder"
+            problems.append(f"{path} is no status file of this version of the library: {another}")
+    return found, problems
+
+
+def _is_status(status: object) -> bool:
+    return isinstance(status, dict) and status.keys() >= STATUS_FIELDS
 
 
 def process_problems(processes: list[dict], name: str) -> list[str]:
@@ -129,6 +148,7 @@ def config_files(gpu_names: list[str]) -> list[dict]:
 def examine() -> dict:
     """Everything that the doctor knows, as plain data; "problems" lists what is wrong."""
     found_gpus = gpus()
+    processes, foreign_files = status_files()
     report = {
         "installed": installed(),
         "gpus": found_gpus,
@@ -136,9 +156,10 @@ def examine() -> dict:
         "fit": {patches.key: fit(patches) for patches in PATCHES},
         "configs": config_files([gpu["name"] for gpu in found_gpus]),
         "status_folder": str(state.directory()),
-        "processes": state.processes(),
+        "processes": processes,
     }
     problems = [variable["problem"] for variable in report["environment"] if variable["problem"]]
+    problems += foreign_files
     for name, found in report["fit"].items():
         problems += [f"{name} cannot be patched: {reason}" for reason in found["misfits"]]
         problems += [f"{name}'s worker processes would stay unpatched: {r}" for r in found["unreached_children"]]

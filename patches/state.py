@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ops_configs.files import replacing
@@ -78,19 +78,27 @@ def remove() -> None:
 
 def processes() -> list[dict]:
     """The status of every live process, by pid: {"pid", "started", "written", <registered name>: {...}}."""
-    found = []
+    return [status for _, status in files() if status is not None]
+
+
+def files() -> Iterator[tuple[Path, dict | None]]:
+    """The file and the status of every live process, by pid, and None as the status of files that hold none."""
     for path in sorted(directory().glob("*.json"), key=lambda path: path.name.zfill(24)):
         try:
             status = json.loads(path.read_text())
             alive = _alive(status)
-        except (OSError, ValueError, KeyError, TypeError):  # gone meanwhile, another user's, or none of ours
+        except OSError:  # gone meanwhile, or another user's
+            continue
+        except (ValueError, LookupError, TypeError, OverflowError):
+            yield path, None
             continue
         if alive:
-            found.append(status)
-        else:
+            yield path, status
+        elif path == _file(status["pid"]):
             with contextlib.suppress(OSError):
                 path.unlink()
-    return found
+        else:
+            yield path, None
 
 
 def _file(pid: int) -> Path:

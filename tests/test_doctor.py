@@ -128,6 +128,37 @@ def test_a_status_folder_that_is_not_there_yet_is_none(examine, monkeypatch, tmp
     assert examine()[0] == 0
 
 
+def test_a_status_folder_that_is_a_file_is_a_problem(examine, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        monkeypatch.setenv(state.STATUS_DIR, str(folder))
+        (problem,) = examine()[1]["problems"]
+        assert problem == f"{file} is no folder: set {state.STATUS_DIR} to a folder of yours"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vllm": {"model": "llama"}},
+        {"vllm": 3},
+        {"pid": 2**70, "started": None},
+        {"pid": 1, "started": -1},  # of no live process, under another's name
+        {"started": "today"},
+    ],
+)
+def test_a_file_that_is_no_status_is_a_problem_and_stays(examine, tmp_path, change):
+    process(7)
+    file = tmp_path / "package.json"
+    file.write_text(json.dumps(json.loads((tmp_path / "7.json").read_text()) | change))
+    _, report, shown = examine()
+    (problem,) = report["problems"]
+    assert problem.startswith(f"{file} is no status file of this version of the library: remove it")
+    assert problem in shown
+    assert [found["vllm"]["pid"] for found in report["processes"]] == [7]
+    assert file.exists()
+
+
 def test_what_does_not_fit_is_a_problem(examine, monkeypatch):
     monkeypatch.setattr(vllm_lora.VLLM_LORA, "verify", lambda: ["a takes [x], expected (y)", "b is not there"])
     code, report, shown = examine()
