@@ -255,6 +255,29 @@ def out(op: str, out: torch.Tensor | None, hidden: torch.Tensor) -> None:
         raise ValueError(f"{op}: out has strides {out.stride()}, it must be contiguous")
 
 
+def room(op: str, hidden: torch.Tensor, out: torch.Tensor, **given: tuple[torch.Tensor | None, int]) -> None:
+    """ValueError unless each of `given`, where it is not None, has room for so many elements beside all the others."""
+    taken = {"hidden": hidden, "out": out}
+    for name, (tensor, elements) in given.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != hidden.dtype or tensor.numel() < elements or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} is {tensor.dtype} of {tensor.numel()} elements with strides {tensor.stride()}, expected "
+                f"contiguous {hidden.dtype} of at least {elements}: give more, or leave it out"
+            )
+        same_device(op, name, tensor, hidden.device)
+        for other, memory in taken.items():
+            if overlap(tensor, memory):
+                raise ValueError(f"{op}: {name} overlaps {other}: give memory of its own, or leave it out")
+        taken[name] = tensor
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors with contiguous elements share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
 def kernel_operands(op: str, activations: str, **tensors: torch.Tensor) -> None:
     """TypeError unless all have dtypes that the kernels take together, ValueError unless their rows are contiguous.
 

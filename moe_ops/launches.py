@@ -39,8 +39,8 @@ from .kernels.routing import lone_chunks, num_bins, routing_plan
 
 register_kernels("moe_ops", Path(__file__).parent / "kernels")
 
-OTHER_QUANTISATIONS = ("quant", "a1_scale", "a2_scale", "per_token")
-"""Options of a layer that `runs_direct` has looked at, or that such a layer does not have."""
+OF_TILES = ("quant", "a1_scale", "a2_scale", "per_token", "h", "y")
+"""Options of a layer that `runs_direct` has looked at, or that a layer which runs so does not have or need."""
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def layer_of(w2, top_k, *, gated, quant, block_shape, expert_map, global_experts
 def run_direct(out, hidden, w13, w2, topk_weights, topk_ids, **options) -> None:
     """The layer, unquantised or in block fp8, choice by choice."""
     pdl = _supports_pdl(hidden.device)
-    options = {name: value for name, value in options.items() if name not in OTHER_QUANTISATIONS}
+    options = {name: value for name, value in options.items() if name not in OF_TILES}
     fused_experts_direct(hidden, w13, w2, out, topk_weights, topk_ids, **options, pdl=pdl)
 
 
@@ -101,9 +101,11 @@ def run_tiles(
     per_token,
     block_shape,
     power_of_two_scales,
+    h=None,
+    y=None,
     **activation,
 ) -> None:
-    """The layer, in tiles of rows of one expert; planned: see `runs_without_plan`."""
+    """The layer, in tiles of rows of one expert; planned: see `runs_without_plan`; h, y: `moe_ops.fused_experts`."""
     experts, width, inner = w2.shape
     choices = topk_ids.numel()
     pdl = _supports_pdl(hidden.device)
@@ -126,7 +128,7 @@ def run_tiles(
     elif config.gate_up.permute:
         x, gather = permute(hidden, plan), False
 
-    h = hidden.new_empty(choices, inner, dtype=h_dtype)
+    h = _rows_in(h, hidden, choices, inner, h_dtype)
     gate_up(
         x,
         w13,
@@ -146,10 +148,17 @@ def run_tiles(
     )
     if x_scale is not None and h_scale is None:
         h, h_scale = quantize(h, quant, a2_scale, per_token and a2_scale is None, **how, plan=plan)
-    y = hidden.new_empty(choices, width)
+    y = _rows_in(y, hidden, choices, width, hidden.dtype)
     scales = {"x_scale": h_scale, "w_scale": w2_scale, "block_shape": block_shape}
     grouped_gemm(h, w2, y, tiles, config.down, bias=bias2, weights=on_output, **scales, pdl=pdl)
     combine(y, out, tiles, routed_scaling, pdl=pdl)
+
+
+def _rows_in(memory: torch.Tensor | None, hidden, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, columns] in the memory, or in new one on the device of hidden."""
+    if memory is None:
+        return hidden.new_empty(rows, columns, dtype=dtype)
+    return memory.view(-1).view(dtype)[: rows * columns].view(rows, columns)
 
 
 def compile_layer(hidden, w13, w2, topk_weights, topk_ids, *, global_experts, **options) -> None:

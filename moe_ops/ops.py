@@ -123,7 +123,9 @@ def _fused_experts(hidden, *args):
     return out
 
 
-@_register(f"fused_experts_out(Tensor(a!) out, {LAYER})", counted_as="fused_experts")
+@_register(
+    f"fused_experts_out(Tensor(a!) out, {LAYER}, Tensor(b!)? h=None, Tensor(c!)? y=None)", counted_as="fused_experts"
+)
 def _fused_experts_out(out, hidden, *args):
     _run_layer(out, hidden, *args)
 
@@ -197,6 +199,8 @@ def _layer(
     block_shape,
     power_of_two_scales,
     global_experts,
+    h=None,
+    y=None,
 ):
     """Write the layer to out, which may be hidden: nothing reads hidden once out is written."""
     checks.out("fused_experts", out, hidden)
@@ -221,12 +225,15 @@ def _layer(
         "power_of_two_scales": power_of_two_scales,
     }
     hidden = check_layer(hidden, w13, w2, topk_weights, topk_ids, **options)
+    checks.room(
+        "fused_experts", hidden, out, h=(h, topk_ids.numel() * w2.shape[2]), y=(y, topk_ids.numel() * w2.shape[1])
+    )
     if not uses_kernels(hidden):
         reference.fused_experts(hidden, w13, w2, topk_weights, topk_ids, **options, out=out)
         return
     from .launches import run_layer
 
-    run_layer(out, hidden, w13, w2, topk_weights, topk_ids, global_experts=global_experts, **options)
+    run_layer(out, hidden, w13, w2, topk_weights, topk_ids, global_experts=global_experts, h=h, y=y, **options)
 
 
 _replayed_layer = replayed(_layer)
@@ -306,9 +313,11 @@ def fused_experts(
     block_shape: tuple[int, int] | None = None,
     power_of_two_scales: bool = False,
     global_experts: int | None = None,
+    h: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The routed-experts layer; arguments and result are those of `reference.fused_experts`, and one more.
+    """The routed-experts layer; arguments and result are those of `reference.fused_experts`, and three more.
 
     Intermediates are rounded to the dtype of hidden: what the activation returns (before it is quantised, too), and
     what each expert returns for a token, routed weight included (not of a few tokens, whose
@@ -318,6 +327,8 @@ def fused_experts(
     Args:
         global_experts: that the router chooses from, where -1 stands for those of other devices; what an expert_map
             says by itself. Launch parameters depend on it.
+        h, y: memory for the intermediates, which is allocated otherwise: contiguous tensors of the dtype of hidden, of
+            at least M * top_k * I and M * top_k * H elements. Whatever they hold is lost, or left.
 
     Raises:
         ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
@@ -348,9 +359,11 @@ def fused_experts(
         power_of_two_scales,
         global_experts,
     )
-    if out is None:
+    if out is None and h is None and y is None:
         return torch.ops.moe_ops.fused_experts(*args)
-    torch.ops.moe_ops.fused_experts_out(out, *args)
+    if out is None:
+        out = hidden.new_empty(hidden.shape)
+    torch.ops.moe_ops.fused_experts_out(out, *args, h, y)
     return out
 
 
@@ -373,7 +386,7 @@ def warmup_layer(
         w13, w2: of the layer.
         top_k: experts of a token.
         dtype, ids_dtype, weights_dtype: of hidden, topk_ids and topk_weights.
-        layer: the other keyword arguments of the layer's calls of `fused_experts`, but for out.
+        layer: the other keyword arguments of the layer's calls of `fused_experts`, but for h, y and out.
 
     Raises:
         ValueError, TypeError: an argument does not fit or has a dtype that is not supported; the message says which.
@@ -391,8 +404,7 @@ def one_token(
     w13, w2, top_k, dtype, ids_dtype, weights_dtype, **layer
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
     """The tensors and options of a call of the layer with one token, from the arguments of `warmup_layer`."""
-    options = dict(fused_experts.__kwdefaults__)
-    del options["out"]
+    options = {name: value for name, value in fused_experts.__kwdefaults__.items() if name not in ("h", "y", "out")}
     if unknown := sorted(layer.keys() - options.keys()):
         raise TypeError(f"warmup_layer: {', '.join(unknown)} is no option of a layer, those are {', '.join(options)}")
     options |= layer

@@ -50,7 +50,7 @@ _seen: dict[tuple, str] = {}
 """Forms of layers seen in this process, and why our kernels do not take them, if so."""
 
 
-def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Tensor:
+def run(hidden, w13, w2, topk_weights, topk_ids, out=None, h=None, y=None, **layer) -> torch.Tensor:
     """`moe_ops.fused_experts`, after a warm-up of the layer the first time that one like it is seen.
 
     A server sees all its layers while it profiles, so nothing is left to compile while it serves.
@@ -67,7 +67,7 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, **layer) -> torch.Ten
         reason = _seen[form] = _warmed_up(w13, w2, topk_ids.shape[1], **kinds, **layer)
     if reason:
         raise LeftToHost(reason)
-    result = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids, out=out, **layer)
+    result = moe_ops.fused_experts(hidden, w13, w2, topk_weights, topk_ids, h=h, y=y, out=out, **layer)
     state.publish()
     return result
 

@@ -178,9 +178,19 @@ def from_experts(
         "bias2": config.w2_bias,
         "expert_map": expert_map,
         "out": output,
+        "h": _room(workspace13, output, topk_ids.numel() * w2.shape[2]),
+        "y": _room(workspace2, output, topk_ids.numel() * w2.shape[1]),
         **activation_of(activation.value, *_clamped_swiglu(self)),
         **_quantisation(hidden_states, w1, w2, quant, *scales, config.per_act_token_quant, config.block_shape),
     }
+
+
+def _room(workspace: torch.Tensor, output: torch.Tensor, elements: int) -> torch.Tensor | None:
+    """What of a workspace is free for so many elements, if it is enough: vLLM may have put the output at its start."""
+    free = workspace.view(-1)
+    if free.data_ptr() == output.data_ptr():
+        free = free[output.numel() :]
+    return free if free.dtype == output.dtype and free.numel() >= elements else None
 
 
 def _is_plain(experts) -> bool:
@@ -311,6 +321,16 @@ CONTRACTS = (
         "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernelModularImpl._fused_experts",
         VERSIONS,
         "Calls apply by name, so that the replacement of the class is seen.",
+        platform="cuda",
+    ),
+    Contract(
+        "vllm.model_executor.layers.fused_moe.modular_kernel:FusedMoEKernelModularImpl._allocate_buffers",
+        VERSIONS,
+        "Puts the output at the start of workspace13, or elsewhere: our intermediates lie in the workspaces, too.",
+        signature=(
+            "(self, out_dtype, device, M_chunk, M_full, N, K, top_k, global_num_experts, local_num_experts, "
+            "expert_tokens_meta, activation)"
+        ),
         platform="cuda",
     ),
     Contract(

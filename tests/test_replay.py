@@ -133,11 +133,13 @@ def check_same(made: Batch, plain: Batch) -> None:
         compare(tuple(ours), tuple(theirs))
 
 
-def moe(tokens: int, sizes: tuple = SMALL, in_place: bool = False, **options) -> tuple:
-    """Arguments of moe_ops.ops._layer, in memory of their own."""
+def moe(tokens: int, sizes: tuple = SMALL, in_place: bool = False, room: bool = False, **options) -> tuple:
+    """Arguments of moe_ops.ops._layer, in memory of their own; room: intermediates, too."""
     (_, w13, w2, _, _), options = moe_layer(*sizes, **options)
     hidden, ids = empty(tokens, sizes[2]), torch.zeros(tokens, sizes[1], dtype=torch.int32)
     out = hidden if in_place else torch.empty_like(hidden)
+    if room:
+        options |= {"h": empty(tokens * sizes[1] * sizes[3]), "y": empty(tokens * sizes[1] * sizes[2])}
     return out, hidden, w13, w2, torch.zeros(tokens, sizes[1]), ids, *options.values()
 
 
@@ -171,6 +173,7 @@ BATCHES = {
     "moe": lambda: (MOE, (2000,), {}),
     "moe, a plan of three launches": lambda: (MOE, (3000,), {}),
     "moe, in place": lambda: (MOE, (300,), {"in_place": True}),
+    "moe, intermediates given": lambda: (MOE, (300,), {"room": True}),
     "moe, biases": lambda: (MOE, (300,), {"activation": "swiglu_oai", "interleaved": True, "bias": True}),
     "moe, fp8 blocks": lambda: (MOE, (300,), FP8_BLOCKS),
     "moe, fp8": lambda: (MOE, (300,), {"quant": "fp8_w8a8"}),

@@ -47,7 +47,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (  # 
     MoEPrepareAndFinalizeNoDPEPModular,
 )
 from vllm.utils import deep_gemm  # noqa: E402
-from vllm.v1.worker.workspace import init_workspace_manager  # noqa: E402
+from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager  # noqa: E402
 
 import moe_ops  # noqa: E402
 from moe_ops.reference import activate, quantize  # noqa: E402
@@ -166,6 +166,7 @@ SWIGLU = {"gemm1_alpha": 1.5, "gemm1_beta": 1.0, "gemm1_clamp_limit": 2.0}
 MAP = [-1, 0, 1, -1, 2, 3, 4]
 KERNEL = {
     "silu": Layer,
+    "many experts a token": lambda: Layer(top_k=5),
     "gelu_tanh": lambda: Layer("gelu_tanh"),
     "not gated": lambda: Layer("relu2_no_mul"),
     "gpt-oss": lambda: Layer("swigluoai", biased=True),
@@ -187,12 +188,15 @@ FUNCTION = {
 }
 
 
-def watched(name: str, call, given: dict):
-    """The call, which notes under its name the power_of_two_scales that our layer is given, if any."""
+def watched(name: str, call, given: dict, reserved: dict):
+    """The call, which notes under its name the power_of_two_scales that our layer is given, if any, and its memory."""
     fused_experts = moe_ops.fused_experts
 
     def ours(*args, power_of_two_scales=None, **options):
         given[name] = power_of_two_scales
+        workspace = current_workspace_manager()._current_workspaces[0].untyped_storage().data_ptr()
+        memory = {key: options.get(key) for key in ("h", "y", "out")}
+        reserved[name] = [k for k, t in memory.items() if t is not None and t.untyped_storage().data_ptr() == workspace]
         return fused_experts(*args, power_of_two_scales=bool(power_of_two_scales), **options)
 
     def run() -> torch.Tensor:
@@ -249,9 +253,11 @@ def main() -> None:
     for name in ("fp8", "fp8 blocks", "function, int8 channels", "function, fp8 blocks"):
         calls[f"{name}, DeepGEMM there"] = with_deep_gemm()(calls[name])
     given: dict = {}
-    pairs = {name: (call, watched(name, call, given)) for name, call in calls.items()}
+    reserved: dict = {}
+    pairs = {name: (call, watched(name, call, given, reserved)) for name, call in calls.items()}
     report: dict = {"cases": compare(moe_ops.patch_vllm, lambda: moe_ops.status()["vllm"], pairs)}
     report["power_of_two_scales"] = given
+    report["in workspaces"] = reserved
     report["defers unpatched"] = fp8.experts().expects_unquantized_inputs
     with moe_ops.patch_vllm(strict=True):
         report["defers"] = fp8.experts().expects_unquantized_inputs

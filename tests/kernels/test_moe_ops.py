@@ -482,7 +482,8 @@ def test_schemas_and_fakes(device):
     test_utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moe_ops.fused_experts.default, args, test_utils=test_utils)
     out = torch.empty_like(layer["hidden"])
-    torch.library.opcheck(torch.ops.moe_ops.fused_experts_out.default, (out, *args), test_utils=test_utils)
+    for more in ((), tuple(room(Case(""), layer["hidden"]).values())):
+        torch.library.opcheck(torch.ops.moe_ops.fused_experts_out.default, (out, *args, *more), test_utils=test_utils)
     plan = moe_ops.routing_plan(layer["topk_ids"], 5, 16)
     args = (layer["hidden"], layer["w13"], *ops._plan_args(plan), True, *[None] * 6)
     torch.library.opcheck(torch.ops.moe_ops.grouped_gemm.default, args, test_utils=test_utils)
@@ -534,6 +535,58 @@ def test_bad_out_is_named(change, error, message, device):
     layer = make_layer(Case(""), torch.float32, device)
     with pytest.raises(error, match=message):
         moe_ops.fused_experts(**layer, out=change(layer["hidden"].clone()))
+
+
+def room(case: Case, hidden: torch.Tensor, more: int = 0) -> dict[str, torch.Tensor]:
+    """Memory for the intermediates, full of NaN."""
+    sizes = {"h": case.inner, "y": case.hidden}
+    rows = case.tokens * case.top_k
+    return {name: torch.full_like(hidden[:1, :1].expand(rows * n + more, 1), nan)[:, 0] for name, n in sizes.items()}
+
+
+@pytest.mark.parametrize("case", [Case("plain", left_out=0.2), WITHOUT_PLAN[0], Case("choice by choice", tokens=1)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_intermediates_in_memory_that_is_given(case, compiled, device):
+    """The same bits; beyond what they need nothing is written, and both fill it, but of a few tokens."""
+    layer = make_layer(case, torch.float32, device)
+    given = room(case, layer["hidden"], more=7)
+
+    def model(given):
+        return moe_ops.fused_experts(**layer, **given) + 1
+
+    if compiled:
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(model(given), moe_ops.fused_experts(**layer) + 1)
+    tiled = not runs_direct(MoeLayer(case.experts, case.top_k, case.hidden, case.inner), case.tokens)
+    for memory in given.values():
+        assert memory[-7:].isnan().all()
+        assert memory.isnan().all() != tiled
+
+
+def test_one_of_the_intermediates_may_be_given(device):
+    case = Case("")
+    layer = make_layer(case, torch.float32, device)
+    for name, memory in room(case, layer["hidden"]).items():
+        assert torch.equal(moe_ops.fused_experts(**layer, **{name: memory}), moe_ops.fused_experts(**layer))
+        assert not memory.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given, hidden: {"h": given["h"][1:]}, "h is torch.float32 of 1039 elements .* at least 1040: give"),
+        (lambda given, hidden: {"y": given["y"].double()}, "y is torch.float64 of 1872 .* contiguous torch.float32"),
+        (lambda given, hidden: {"y": given["y"].repeat(2)[::2]}, r"y is .* strides \(2,\)"),
+        (lambda given, hidden: {"h": given["y"]}, "y overlaps h: give memory of its own"),
+        (lambda given, hidden: {"out": given["y"][: hidden.numel()].view_as(hidden)}, "y overlaps out"),
+    ],
+)
+def test_bad_memory_for_intermediates_is_named(change, message, device):
+    case = Case("")
+    layer = make_layer(case, torch.float32, device)
+    given = room(case, layer["hidden"])
+    with pytest.raises(ValueError, match=f"fused_experts: {message}"):
+        moe_ops.fused_experts(**layer, **(given | change(given, layer["hidden"])))
 
 
 def test_cuda_graph_follows_its_ids(dtype, device):

@@ -738,3 +738,13 @@ def test_dequantised_weights_give_the_unquantised_layer(device):
     for name in ("w13", "w2"):
         plain[name] = dequantize(layer[name], plain.pop(f"{name}_scale"))
     assert_close(moe_ops.fused_experts(**layer), moe_ops.fused_experts(**plain), FP32)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_intermediates_in_memory_that_is_given(scheme, device):
+    """What the activation returns may be quantised in it."""
+    case = Case("", tokens=13, experts=5, top_k=2, hidden=96, inner=64)
+    layer = make_quantised(case, scheme, torch.float16, device)
+    h, y = (torch.full((26, n), float("nan"), dtype=torch.float16, device=device) for n in (64, 96))
+    assert torch.equal(moe_ops.fused_experts(**layer, h=h, y=y), moe_ops.fused_experts(**layer))
+    assert not y.isnan().any()

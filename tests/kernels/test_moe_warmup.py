@@ -56,7 +56,7 @@ def test_runs_each_launch_parameters_once(layer, monkeypatch):
     assert {config.gate_up.block_m for config, planned in ran if not planned} == ({16} if alone else set())
 
 
-@pytest.mark.parametrize("keyword", ["foo", "topk_ids", "out"])
+@pytest.mark.parametrize("keyword", ["foo", "topk_ids", "h", "out"])
 def test_a_wrong_keyword_is_an_error_without_a_gpu_too(keyword):
     w13, w2 = torch.zeros(2, 16, 8), torch.zeros(2, 8, 8)
     with pytest.raises(TypeError, match=f"warmup_layer: {keyword} is no option of a layer, those are activation, "):
