@@ -186,11 +186,15 @@ def from_experts(
 
 
 def _room(workspace: torch.Tensor, output: torch.Tensor, elements: int) -> torch.Tensor | None:
-    """What of a workspace is free for so many elements, if it is enough: vLLM may have put the output at its start."""
+    """What of a workspace is free for so many elements, if it is enough: vLLM may have put the output at its start.
+
+    It begins at 16 bytes, as the memory does that the layer's kernels were compiled for.
+    """
     free = workspace.view(-1)
     if free.data_ptr() == output.data_ptr():
         free = free[output.numel() :]
-    return free if free.dtype == output.dtype and free.numel() >= elements else None
+    fits = free.dtype == output.dtype and free.numel() >= elements and free.data_ptr() % 16 == 0
+    return free if fits else None
 
 
 def _is_plain(experts) -> bool:
