@@ -31,6 +31,8 @@ Key = tuple[Any, int]
 Entries = dict[Key, Any]
 """Key -> config, or None where the default stays."""
 
+PATTERNS = ("lora_*.json", "grouped_gemm_config_*.json")
+"""Of the names of all files."""
 METADATA = ("gpu", "triton", "torch", "kernels", "date", "command")
 MAX_SHARED_BYTES = 227 << 10
 """Shared memory of a block, at most, on any GPU so far."""

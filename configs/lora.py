@@ -221,7 +221,7 @@ def shrink_config(k: int, slices: int, rank: int, num_rows: int, dtype, device) 
     """Launch parameters of the shrink for x [num_rows, k] and A_s [slots, rank, k], tuned or analytic.
 
     Raises:
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
     """
     return _shrink_config(k, slices, rank, row_bucket(num_rows), dtype, device)
 
@@ -241,7 +241,7 @@ def expand_config(widths: tuple[int, ...], rank: int, num_rows: int, dtype, devi
     planes: of h, which it adds up; 1: complete sums.
 
     Raises:
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
     """
     return _expand_config(widths, rank, row_bucket(num_rows), dtype, device, planes)
 

@@ -365,7 +365,7 @@ def layer_config(layer: MoeLayer, tokens: int, dtype, device) -> LayerConfig:
     """Launch parameters of a layer for hidden [tokens, H] of a torch.dtype on a torch.device, tuned or analytic.
 
     Raises:
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
     """
     return _layer_config(layer, token_bucket(tokens), dtype, device)
 

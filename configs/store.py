@@ -5,7 +5,7 @@ folder of `use_configs` > LORA_OPS_CONFIG_DIR > files shipped for this GPU > ana
 Entry by entry: an exact entry (rank or MoE layer, and bucket) of any folder goes before a near one. For LoRA, near is
 another rank of the same padded size (the next larger first), then the nearest row bucket that runs tiles of the same
 size, of an expand one of up to twice or half the rows; configs/moe.py says what it is for MoE layers. LoRA's files are
-for fp16 and bf16; fp32 runs the defaults. A bad or missing file costs speed alone.
+for fp16 and bf16; fp32 runs the defaults. A bad or missing file costs speed alone; a folder without any is an error.
 """
 
 from __future__ import annotations
@@ -111,12 +111,10 @@ def use_configs(folder: str | os.PathLike | None) -> None:
     it. Layers that ran before are compiled anew when they run again, so call it before a server starts.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or none that a tuner's --out wrote; the one of before stays.
     """
     global _explicit
-    if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"use_configs: {os.fspath(folder)!r} is no folder: give what a tuner's --out wrote")
-    _explicit = None if folder is None else Path(folder).resolve()
+    _explicit = None if folder is None else _checked("use_configs: ", os.fspath(folder))
     forget()
 
 
@@ -142,23 +140,35 @@ def kernels_hash(package: str) -> str:
     return _hash_once(_kernels[package]) if package in _kernels else ""
 
 
-def user_folder() -> Path | None:
-    """The folder that LORA_OPS_CONFIG_DIR names.
+def _checked(name: str, value: str) -> Path:
+    """The folder of tuned files that was given as `value`, under a name for the message.
 
     Raises:
-        ValueError: it is set to something that is no folder.
+        ValueError: no folder, or none that has files in folders of GPUs.
     """
-    value = os.environ.get(CONFIG_DIR)
-    if value is None:
-        return None
     try:
         os.scandir(value).close()
     except OSError as error:
         raise ValueError(
-            f"{CONFIG_DIR}={value!r} is no folder that can be read ({error.strerror}): set it to the one that a "
-            "tuner's --out wrote, or unset it"
+            f"{name}{value!r} is no folder that can be read ({error.strerror}): give the one that a tuner's --out wrote"
         ) from error
-    return Path(value).resolve()
+    folder = Path(value).resolve()
+    if not any(path for pattern in files.PATTERNS for path in folder.glob(f"*/{pattern}")):
+        raise ValueError(
+            f"{name}{value!r} has no tuned files ({', '.join(files.PATTERNS)}) in folders of GPUs, such as "
+            f"{files.gpu_folder('NVIDIA H200')}: give the folder that a tuner's --out wrote, which holds those"
+        )
+    return folder
+
+
+def user_folder() -> Path | None:
+    """The folder that LORA_OPS_CONFIG_DIR names.
+
+    Raises:
+        ValueError: it is set to something that is no folder, or none that a tuner's --out wrote.
+    """
+    value = os.environ.get(CONFIG_DIR)
+    return None if value is None else _checked(f"{CONFIG_DIR}=", value)
 
 
 def folders() -> list[tuple[str, Path]]:
@@ -209,7 +219,7 @@ def find(
         unfit: why no file can be for this call.
 
     Raises:
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
     """
     asked = folders()
     key = names[0], group, bucket
@@ -314,7 +324,7 @@ def available(gpu: str, kinds: Sequence[Kind]) -> list[dict]:
         kinds: of files.
 
     Raises:
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
     """
     rows = []
     for source, folder in folders():

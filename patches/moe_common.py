@@ -57,7 +57,7 @@ def run(hidden, w13, w2, topk_weights, topk_ids, out=None, h=None, y=None, **lay
 
     Raises:
         LeftToHost: dtypes, shapes or a device that `moe_ops.fused_experts` does not take.
-        ValueError: LORA_OPS_CONFIG_DIR is no folder.
+        ValueError: LORA_OPS_CONFIG_DIR is no folder of tuned files.
         Whatever compiling the layer's kernels raises.
     """
     kinds = {"dtype": hidden.dtype, "ids_dtype": topk_ids.dtype, "weights_dtype": topk_weights.dtype}

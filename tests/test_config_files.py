@@ -270,6 +270,30 @@ def test_a_bad_folder_is_an_error_before_any_launch(monkeypatch, tmp_path):
         store.use_configs(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("place", ["GPU's folder", "parent", "empty", "other files", ""])
+def test_a_folder_that_holds_no_files_of_gpus_is_an_error(monkeypatch, tmp_path, place):
+    """Such as one a level too deep, or too shallow; the empty path is not the current folder."""
+    tuned = tmp_path / "parent" / "tuned"
+    write(tuned)
+    monkeypatch.chdir(tuned)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other files" / "model").mkdir(parents=True)
+    (tmp_path / "other files" / "model" / "config.json").write_text("{}")
+    folder = str({"GPU's folder": tuned / "NVIDIA_H200", "": ""}.get(place, tmp_path / place))
+    use(monkeypatch, folder)
+    said = "no folder that can be read" if not folder else "no tuned files .* in folders of GPUs, such as NVIDIA_H200"
+    for name, call in ((f"{store.CONFIG_DIR}=", shrink), ("use_configs: ", lambda: store.use_configs(folder))):
+        with pytest.raises(ValueError, match=f"{name}{folder!r}.* {said}"):
+            call()
+
+
+def test_a_folder_of_files_for_other_gpus_is_none_of_errors(monkeypatch, tmp_path):
+    write(tmp_path).parent.rename(tmp_path / "NVIDIA_L4")
+    use(monkeypatch, tmp_path)
+    store.use_configs(tmp_path)
+    assert shrink() == default()
+
+
 def test_pinned_configs_are_those_of_one_bucket(monkeypatch, tmp_path):
     write(tmp_path, ShrinkConfig(16, 64, 1, 6))
     use(monkeypatch, tmp_path)
