@@ -54,6 +54,11 @@ def expand_file(widths: Sequence[int], planes: int) -> str:
     return f"lora_expand,widths={'+'.join(map(str, widths))},planes={planes}.json"
 
 
+def unread(path: Path, example: str) -> str:
+    """The problem of a file whose name no launch looks up, beside the name of one that it does."""
+    return f"{path}: no launch reads a file of this name, but such as {example}: rename it, or tune again and delete it"
+
+
 @dataclass(frozen=True)
 class ConfigFile:
     """A file as read: metadata, valid entries, measured entries as they stand, and what was wrong with the others."""

@@ -8,6 +8,7 @@ and from alternatives that took turns over the layers of three models on an H100
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,17 +70,21 @@ class ExpandConfig:
     steps: int
 
 
-def _read_expand(path: Path) -> files.ConfigFile:
-    """A file of an expand. One without planes in its name is of an earlier version: no launch looks it up."""
-    file = files.read(path, ExpandConfig, BUCKETS)
-    if ",planes=" in path.name:
+SIZE = r"[1-9]\d*"
+SHRINK_NAME = re.compile(rf"lora_shrink,k={SIZE},slices={SIZE}\.json")
+EXPAND_NAME = re.compile(rf"lora_expand,widths={SIZE}(\+{SIZE})*,planes={SIZE}\.json")
+
+
+def _read(path: Path, kind: type, name: re.Pattern, example: str) -> files.ConfigFile:
+    """A file of a kernel. Another name is a problem: that of an expand without planes is of an earlier version."""
+    file = files.read(path, kind, BUCKETS)
+    if name.fullmatch(path.name):
         return file
-    problem = f"{path}: no planes in its name, so no launch reads it: tune again and delete it"
-    return replace(file, problems=(*file.problems, problem))
+    return replace(file, problems=(*file.problems, files.unread(path, example)))
 
 
-SHRINK = Kind("lora_ops", "lora_shrink", lambda path: files.read(path, ShrinkConfig, BUCKETS))
-EXPAND = Kind("lora_ops", "lora_expand", _read_expand)
+SHRINK = Kind("lora_ops", "lora_shrink", lambda path: _read(path, ShrinkConfig, SHRINK_NAME, shrink_file(4096, 3)))
+EXPAND = Kind("lora_ops", "lora_expand", lambda path: _read(path, ExpandConfig, EXPAND_NAME, expand_file([4096], 4)))
 KINDS = (SHRINK, EXPAND)
 
 

@@ -151,6 +151,11 @@ def file_name(hidden: int, dtype: str, block_shape: Sequence[int] | None = None)
     return f"grouped_gemm_config_{hidden}_{dtype}{block}.json"
 
 
+FILE_NAME = re.compile(
+    rf"grouped_gemm_config_(\d+)_(float16|bfloat16|float32|{'|'.join(QUANTS)})(?:_block(\d+)x(\d+))?\.json"
+)
+
+
 def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
     """ValueError unless the kernels take these launch parameters for a layer with elements of itemsize bytes."""
     if config.gate_up.block_m != config.down.block_m:
@@ -175,9 +180,8 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
 
 def read(path: Path) -> files.ConfigFile:
     """Read a file; whatever is wrong with it is a problem in the result, never an exception."""
-    match = re.fullmatch(r"grouped_gemm_config_(\d+)_(\w+?)(?:_block(\d+)x(\d+))?\.json", path.name)
-    if not match:
-        return files.ConfigFile({}, {}, {}, (f"{path}: the name has no hidden size and dtype",))
+    if not (match := FILE_NAME.fullmatch(path.name)):
+        return files.ConfigFile({}, {}, {}, (files.unread(path, file_name(2048, "bfloat16")),))
     itemsize = {"float32": 4, "fp8_w8a8": 1, "int8_w8a8": 1}.get(match[2], 2)
     block_shape = (int(match[3]), int(match[4])) if match[3] else None
 

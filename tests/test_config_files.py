@@ -211,14 +211,27 @@ def test_an_expand_of_far_more_rows_is_no_stand_in(monkeypatch, tmp_path):
     assert [rows for rows in store.BUCKETS if found[rows]] == [32, 64, 128, 4096, 8192]
 
 
-def test_a_file_of_an_expand_without_its_planes_is_a_problem(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("lora_expand,widths=4096.json", files.expand_file((4096,), 4)),
+        ("lora_expand,widths=4096,1024,planes=4.json", files.expand_file((4096, 1024), 4)),
+        ("lora_expand,widths=4096,planes=4 (1).json", files.expand_file((4096,), 4)),
+        ("lora_shrink,k=4096.json", files.shrink_file(4096, 1)),
+        ("lora_shrink,slices=1,k=4096.json", files.shrink_file(4096, 1)),
+        ("lora_shrink,k=4096,slices=1 (1).json", files.shrink_file(4096, 1)),
+    ],
+)
+def test_a_file_that_no_launch_reads_is_a_problem(monkeypatch, tmp_path, name, near):
     use(monkeypatch, tmp_path)
-    for name in ("lora_expand,widths=4096.json", files.expand_file((4096,), 4)):
-        write(tmp_path, EXPAND, name=name)
-    old, new = [f["problems"] for f in store.available(GPU, lora.KINDS) if str(tmp_path) in f["path"]][::-1]
-    assert len(old) == 1
-    assert "planes" in old[0]
-    assert new == []
+    config = EXPAND if "expand" in name else SHRINK
+    problems = {}
+    for each in (name, near):
+        path = write(tmp_path, config, name=each)
+        problems[each] = [f["problems"] for f in store.available(GPU, lora.KINDS) if f["path"] == str(path)]
+    assert problems[near] == [[]]
+    ((problem,),) = problems[name]
+    assert problem.startswith(f"{path.parent / name}: no launch reads a file of this name, but such as lora_")
 
 
 def test_every_invalid_key_is_named(tmp_path):

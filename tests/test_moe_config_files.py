@@ -342,6 +342,15 @@ def test_which_layers_run_choice_by_choice():
     assert not moe.runs_direct(replace(blocks, top_k=17), 1)  # its second half would keep too much in registers
 
 
+@pytest.mark.parametrize("end", ["2048", "2048_bf16", "2048_mxfp4", "bfloat16", "2048_bfloat16 (1)"])
+def test_a_file_that_no_launch_reads_is_a_problem(tmp_path, end):
+    path = write(tmp_path)
+    assert moe.read(path).problems == ()
+    renamed = path.rename(path.with_name(f"grouped_gemm_config_{end}.json"))
+    (problem,) = moe.read(renamed).problems
+    assert problem.startswith(f"{renamed}: no launch reads a file of this name, but such as {path.name}")
+
+
 def test_restrictions_of_quantised_layers():
     narrow = replace(CONFIG, down=replace(CONFIG.down, block_k=16))
     with pytest.raises(ValueError, match="32 of 8-bit"):
