@@ -69,16 +69,16 @@ class ConfigFile:
     problems: tuple[str, ...]
 
 
-def shared_bytes(config: Any) -> int:
-    """Shared memory that a config of a LoRA kernel may need, at most, with 64 rows and 2-byte elements, y too.
+def shared_bytes(config: Any, rows: int = 64) -> int:
+    """Shared memory that a config of a LoRA kernel may need, at most, with tiles of `rows` and 2-byte elements, y too.
 
     Of a shrink what its stages multiply. Of an expand B in its stages, h and y, or h in fp32 before them.
     """
     n, stages = config.block_n, config.num_stages
     if hasattr(config, "block_k"):
-        return 2 * stages * config.block_k * (64 + n)
+        return 2 * stages * config.block_k * (rows + n)
     r = config.block_r
-    return 2 * max(stages * r * n + 64 * (r + n), r * (n + 2 * 64))
+    return 2 * max(stages * r * n + rows * (r + n), r * (n + 2 * rows))
 
 
 def parse_fields(value: object, kind: type) -> Any:

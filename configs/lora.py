@@ -8,6 +8,7 @@ and from alternatives that took turns over the layers of three models on an H100
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -218,8 +219,9 @@ def _nearest_expand(entries: files.Entries, rank: int, bucket: int) -> files.Key
 
 def _find(kind: Kind, name: str, rank: int, bucket: int, dtype, device):
     near = nearest if kind is SHRINK else _nearest_expand
+    needed = functools.partial(files.shared_bytes, rows=tile_rows_for(bucket))
     unfit = "" if dtype.itemsize == 2 else f"files are for fp16 and bf16, not {dtype}"
-    return find(kind, [name], rank, bucket, device, near, unfit)
+    return find(kind, [name], rank, bucket, device, near, needed, unfit)
 
 
 def shrink_config(k: int, slices: int, rank: int, num_rows: int, dtype, device) -> ShrinkConfig:

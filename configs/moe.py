@@ -170,12 +170,18 @@ def check(config: LayerConfig, layer: MoeLayer, itemsize: int) -> None:
         raise ValueError(f"stationary is for up to {STATIONARY_STEPS} blocks of k, here of {config.down.block_k}")
     if config.gate_up.block_m not in TILE_ROWS:
         raise ValueError(f"block_m is {config.gate_up.block_m}, expected one of {', '.join(map(str, TILE_ROWS))}")
-    for half, products, k in ((config.gate_up, layer.products, layer.hidden), (config.down, 1, layer.intermediate)):
+    for half in (config.gate_up, config.down):
         if itemsize == 1 and half.block_k < 32:
             raise ValueError(f"block_k is {half.block_k}, expected at least the 32 of 8-bit products")
         if half.block_n > 256 or half.block_k > 256:
             raise ValueError(f"a block is {half.block_n} x {half.block_k}, TMA takes 256 at most")
-        files.fits(shared_memory(half, products, itemsize, k))
+    files.fits(needed(layer, itemsize, config))
+
+
+def needed(layer: MoeLayer, itemsize: int, config: LayerConfig) -> int:
+    """Bytes of shared memory that a program takes of either half of a layer with elements of itemsize bytes."""
+    gate_up = shared_memory(config.gate_up, layer.products, itemsize, layer.hidden)
+    return max(gate_up, shared_memory(config.down, 1, itemsize, layer.intermediate))
 
 
 def read(path: Path) -> files.ConfigFile:
@@ -386,7 +392,8 @@ def _find(layer: MoeLayer, bucket: int, dtype, device, itemsize: int) -> LayerCo
     dtypes = [layer.quant] if layer.quant else [hidden, "bfloat16"] if hidden == "float16" else [hidden]
     names = [file_name(layer.hidden, name, layer.block_shape) for name in dtypes]
     unfit = f"files of {layer.quant} are for fp16 and bf16" if layer.quant and dtype.itemsize > 2 else ""
-    return find(FILES, names, layer.name, bucket, device, functools.partial(nearest, layer, itemsize), unfit)
+    near, needs = functools.partial(nearest, layer, itemsize), functools.partial(needed, layer, itemsize)
+    return find(FILES, names, layer.name, bucket, device, near, needs, unfit)
 
 
 def nearest(layer: MoeLayer, itemsize: int, entries: files.Entries, name: str, bucket: int) -> tuple[str, int] | None:

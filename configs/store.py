@@ -5,7 +5,8 @@ folder of `use_configs` > LORA_OPS_CONFIG_DIR > files shipped for this GPU > ana
 Entry by entry: an exact entry (rank or MoE layer, and bucket) of any folder goes before a near one. For LoRA, near is
 another rank of the same padded size (the next larger first), then the nearest row bucket that runs tiles of the same
 size, of an expand one of up to twice or half the rows; configs/moe.py says what it is for MoE layers. LoRA's files are
-for fp16 and bf16; fp32 runs the defaults. A bad or missing file costs speed alone; a folder without any is an error.
+for fp16 and bf16; fp32 runs the defaults. A bad or missing file, or an entry that does not fit the GPU's shared memory,
+costs speed alone; a folder without any file is an error.
 """
 
 from __future__ import annotations
@@ -193,11 +194,15 @@ def _gpu(device: Any) -> str:
 def _read(path: Path, kind: Kind) -> files.ConfigFile:
     found = kind.read(path)
     for problem in found.problems:
-        if problem not in _problems:
-            _problems[problem] = None
-            logger = logging.getLogger(kind.package)
-            logger.warning("%s: %s: it is left out, which costs speed alone", kind.package, problem)
+        _leave_out(kind.package, problem)
     return found
+
+
+def _leave_out(package: str, problem: str) -> None:
+    if problem not in _problems:
+        _problems[problem] = None
+        logger = logging.getLogger(package)
+        logger.warning("%s: %s: it is left out, which costs speed alone", package, problem)
 
 
 def find(
@@ -207,6 +212,7 @@ def find(
     bucket: int,
     device: Any,
     near: Callable[[files.Entries, Any, int], files.Key | None],
+    needed: Callable[[Any], int],
     unfit: str = "",
 ) -> Any:
     """The tuned config of a shape's file, or None where the analytic default is to be used; remembers the choice.
@@ -216,6 +222,7 @@ def find(
         group, bucket: of the entry: see `files.Key`.
         device: torch.device of the launch.
         near: which of a file's entries stands in for the one that is missing, if any.
+        needed: bytes of shared memory that a config needs; one of more than the GPU has is left out.
         unfit: why no file can be for this call.
 
     Raises:
@@ -239,9 +246,13 @@ def find(
             if entry in file.entries:
                 _warn_of_mismatch(kind.package, file.metadata, gpu, path)
                 reason = "measured for it" if exact else f"measured for {_where(*entry)}"
-                if file.entries[entry] is None:
+                if (config := file.entries[entry]) is None:
                     return _choose(key, Choice("default", f"{reason}: the entry asks for it", str(path)))
-                return _choose(key, Choice(source, reason, str(path)), file.entries[entry])
+                size, most = needed(config), shared_bytes(device)
+                if size <= most:
+                    return _choose(key, Choice(source, reason, str(path)), config)
+                problem = f"it needs up to {size} bytes of shared memory, a block of this {gpu} has {most}"
+                _leave_out(kind.package, f"{path}: entry for {_where(*entry)}: {problem}")
     where = "no file" if not found else "no fitting entry in the file"
     return _choose(key, Choice("default", f"{where} for {files.gpu_folder(gpu)}"))
 

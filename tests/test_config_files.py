@@ -1,5 +1,6 @@
 """Files of tuned launch parameters: which are found, in which order, and what a bad one does (it warns, no more)."""
 
+import itertools
 import json
 import logging
 import os
@@ -404,3 +405,37 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, rank):
         assert (shrink == default) == (needed <= kib << 10)
         assert shrink.num_stages >= 2
         assert tile < 64 or files.shared_bytes(expand) <= 99 << 10  # which is of 64 rows
+
+
+def test_an_entry_that_does_not_fit_the_gpu_is_left_out_and_named(monkeypatch, tmp_path, warnings):
+    """Of a file from a larger GPU. Tiles of few rows take less, and the default does not change."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(99 << 10))
+    use(monkeypatch, tmp_path)
+    large = ExpandConfig(256, 64, 8, 3, 1)
+    entries = {(16, rows): {"config": asdict(SHRINK)} for rows in (64, 1024)}
+    path = tmp_path / "NVIDIA_H200" / files.shrink_file(K, SLICES)
+    files.write(path, metadata(kernels=""), entries)
+    expands = write(tmp_path, large, rank=64, rows=1024, name=files.expand_file(WIDTHS, 1))
+    assert [files.shared_bytes(SHRINK, rows) for rows in (16, 64)] == [81920, 131072]
+    assert shrink(rows=64) == SHRINK
+    default_of = {}
+    for rows in (1024, 2048):  # measured, and near
+        default_of[rows] = lora.fitted(default(rows=rows), rows, 2, 99 << 10)
+        assert shrink(rows=rows) == default_of[rows] != SHRINK
+    assert lora.expand_config(WIDTHS, 64, 1024, BF16, CUDA, 1) == lora.expand_default(WIDTHS, 64, 1024, 1)
+    first, second = store.problems()
+    assert f"{path}: entry for rank 16, 1024 rows: it needs up to 131072 bytes of shared memory" in first
+    assert f"a block of this {GPU} has {99 << 10}" in first
+    assert f"{expands}: entry for rank 64, 1024 rows: it needs up to {files.shared_bytes(large)}" in second
+    assert len([r for r in warnings.records if "left out, which costs speed alone" in r.getMessage()]) == 2
+    reasons = {choice["reason"] for choice in store.choices() if choice["source"] == "default"}
+    assert reasons == {"no fitting entry in the file for NVIDIA_H200"}
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_defaults_that_a_tuner_wrote_fit_its_gpu(kib):
+    """They stand in the files as they were measured, and are to be read there."""
+    for rank, rows, planes in itertools.product((8, 16, 32, 64, 128, 512), store.BUCKETS, (1, 4, 8, 25)):
+        shrink = lora.fitted(lora.shrink_default(14336, 2, rank, rows), rows, 2, kib << 10)
+        for config in (shrink, lora.expand_default((28672, 4096), rank, rows, planes)):
+            assert files.shared_bytes(config, tile_rows_for(rows)) <= kib << 10

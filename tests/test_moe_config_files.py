@@ -244,6 +244,24 @@ def test_defaults_fit_the_shared_memory_of_smaller_gpus(monkeypatch, kib, quant)
                 assert not config.down.persistent
 
 
+def test_an_entry_that_does_not_fit_the_gpu_is_left_out_and_named(monkeypatch, tmp_path, warnings):
+    """Of a file from a larger GPU."""
+    most = 99 << 10
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties(most))
+    large = replace(CONFIG, gate_up=replace(CONFIG.gate_up, num_stages=4))
+    path = tmp_path / "NVIDIA_H200" / moe.file_name(LAYER.hidden, "bfloat16")
+    entries = {(LAYER.name, tokens): moe.entry(config, 1.0, 2.0) for tokens, config in ((64, large), (512, OTHER))}
+    files.write(path, metadata(), entries)
+    use(monkeypatch, tmp_path)
+    assert layer_config(LAYER, 512, BF16, CUDA) == OTHER
+    assert layer_config(LAYER, 64, BF16, CUDA) == moe.layer_default(LAYER, 64, shared=most)
+    (problem,) = store.problems()
+    size = moe.shared_memory(large.gate_up, 2, 2, LAYER.hidden)
+    said = f"{path}: entry for {LAYER.name}, 64 tokens: it needs up to {size} bytes of shared memory, a block of this"
+    assert f"{said} {GPU} has {most}" in problem
+    assert [problem in record.getMessage() for record in warnings.records].count(True) == 1
+
+
 HALF = asdict(CONFIG.gate_up)
 BAD = {
     "no object": 7,
