@@ -81,6 +81,20 @@ def test_layers_from_a_config_json(tmp_path):
         model_layers(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("ranks", [{"q_lora_rank": 96, "kv_lora_rank": 64}, {"q_lora_rank": None, "kv_lora_rank": 64}])
+def test_a_model_of_latent_attention_is_refused(tmp_path, capsys, ranks):
+    """DeepSeek-V2 and the like have no qkv layer, and an o layer of v_head_dim."""
+    heads = {"num_attention_heads": 10, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    config = {"hidden_size": 640, "intermediate_size": 1920, **heads}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, **ranks}))
+    with pytest.raises(SystemExit):
+        tune.arguments(["--model", str(path)])
+    assert f"{path}: kv_lora_rank is 64, so its attention is latent" in " ".join(capsys.readouterr().err.split())
+    path.write_text(json.dumps({**config, **dict.fromkeys(ranks)}))
+    assert "qkv" in model_layers(str(path))
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -43,11 +43,17 @@ def model_sizes(model: str) -> dict[str, int]:
     """hidden_size, heads, kv_heads, head_dim and intermediate_size of a named model, or of a config.json or its folder.
 
     Raises:
-        ValueError: no such model or file, or a config that lacks sizes or has others than positive integers.
+        ValueError: no such model or file, a config that lacks sizes or has others than positive integers, or latent
+            attention (MLA).
     """
     if model in MODELS:
         return MODELS[model]
     path, config = model_config(model, MODELS)
+    if latent := [name for name in ("q_lora_rank", "kv_lora_rank") if config.get(name)]:
+        raise ValueError(
+            f"{path}: {latent[-1]} is {config[latent[-1]]!r}, so its attention is latent, without a qkv layer: give "
+            "the shapes of its layers (vLLM's fused_qkv_a_proj, q_b_proj, o_proj, ...) with --shape K:N0,N1,..."
+        )
 
     def size(name: str, default: int = 0) -> int:
         value = config.get(name) or default
