@@ -125,6 +125,10 @@ def test_quantisation_from_a_config_json(tmp_path, config, quant, blocks):
     assert model_target(str(path), "bfloat16") == Target(MoeLayer(12, 3, 640, 96))
 
 
+def compressed_tensors(groups):
+    return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
 @pytest.mark.parametrize("method", ["mxfp4", "awq", "compressed-tensors"])
 def test_an_unknown_quantisation_says_what_to_do(tmp_path, method):
     path = tmp_path / "config.json"
@@ -141,6 +145,16 @@ def test_an_unknown_quantisation_says_what_to_do(tmp_path, method):
         ({"quant_method": "fp8", "weight_block_size": 128}, "expected two sizes"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two sizes"),
         ({"quant_method": "fp8", "weight_block_size": [128, 7]}, "multiple of 32"),
+        (compressed_tensors([{"weights": CHANNEL}]), "config_groups is .* expected an object"),
+        (compressed_tensors("int8"), "config_groups is 'int8', expected an object"),
+        (compressed_tensors({"group_0": [CHANNEL]}), "group_0 is .* expected an object"),
+        (compressed_tensors({"group_0": {"weights": "int8"}}), "weights is 'int8', expected an object"),
+        (
+            compressed_tensors({"group_0": {"weights": CHANNEL, "input_activations": 8}}),
+            "input_activations is 8, expected an object",
+        ),
+        (compressed_tensors({"group_0": {"weights": {**CHANNEL, "type": ["int"]}}}), "--dtype bfloat16"),
+        (compressed_tensors({"group_0": {"weights": {**CHANNEL, "strategy": "block"}}}), "without block_structure"),
     ],
 )
 def test_a_quantisation_that_is_none_is_one_error(tmp_path, config, said):
@@ -169,6 +183,10 @@ def test_tensor_and_expert_parallel_layers():
     for tp, ep in ((5, 1), (1, 3)):
         with pytest.raises(ValueError, match="do not divide"):
             sharded(QWEN, tp, ep)
+    shard = sharded(QWEN, ep=2)
+    assert sharded(shard, tp=2) == sharded(QWEN, 2, 2)
+    with pytest.raises(ValueError, match=r"--ep 2 of .*one GPU's 64 of 128 experts already"):
+        sharded(shard, ep=2)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +209,7 @@ def test_tensor_and_expert_parallel_layers():
         "--model mixtral-8x7b --layer experts=4,intermediate=32,top_k=2",
         "--hidden-size 64 --layer experts=4,top_k=2",
         "--hidden-size 64 --layer experts=4,intermediate=32,top_k=5",
+        "--hidden-size 64 --layer experts=4,intermediate=32,top_k=2,global_experts=8 --ep 1 2",
     ],
 )
 def test_bad_arguments_are_one_error(line, capsys):

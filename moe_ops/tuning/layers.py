@@ -51,9 +51,7 @@ def quantisation(config: Mapping) -> tuple[str | None, tuple[int, int] | None]:
     Raises:
         ValueError: a method whose kernels are not ours, or nothing that is one.
     """
-    found = config.get("quantization_config") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"quantization_config is {found!r}, expected an object with quant_method")
+    found = _object(config, "quantization_config")
     method = found.get("quant_method")
     blocks = _blocks(found, "weight_block_size")
     if not found:
@@ -63,16 +61,30 @@ def quantisation(config: Mapping) -> tuple[str | None, tuple[int, int] | None]:
     if method in ("int8", "w8a8_int8", "blockwise_int8"):
         return "int8_w8a8", blocks
     if method == "compressed-tensors":
-        for group in (found.get("config_groups") or {}).values():
-            weights, inputs = group.get("weights") or {}, group.get("input_activations")
-            kind = {"float": "fp8", "int": "int8"}.get(weights.get("type")) if weights.get("num_bits") == 8 else None
+        groups = _object(found, "config_groups")
+        for name in groups:
+            group = _object(groups, name)
+            weights, inputs = _object(group, "weights"), _object(group, "input_activations")
+            kinds = {"float": "fp8", "int": "int8"} if weights.get("num_bits") == 8 else {}
+            kind = kinds.get(str(weights.get("type")))
             quant = kind and f"{kind}_{'w8a8' if inputs else 'w8a16'}"
             if quant in QUANTS:
-                return quant, _blocks(weights, "block_structure") if weights.get("strategy") == "block" else None
+                blocks = _blocks(weights, "block_structure") if weights.get("strategy") == "block" else None
+                if weights.get("strategy") == "block" and not blocks:
+                    raise ValueError("strategy is 'block' without block_structure, such as [128, 128]")
+                return quant, blocks
     raise ValueError(
         f"quantisation {method!r} is none of {', '.join(QUANTS)}: its experts run on other kernels; "
         "give --dtype bfloat16 to tune the unquantised layer"
     )
+
+
+def _object(found: Mapping, name: str) -> Mapping:
+    """An object of a config.json, empty where it is missing or null."""
+    value = found.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}, expected an object")
+    return value
 
 
 def _blocks(found: Mapping, name: str) -> tuple[int, int] | None:
@@ -148,7 +160,7 @@ def sharded(layer: MoeLayer, tp: int = 1, ep: int = 1) -> MoeLayer:
     """The layer as one of tp x ep GPUs sees it: tp cuts the intermediate size, ep the experts.
 
     Raises:
-        ValueError: sizes that no layer has, or that tp or ep do not divide.
+        ValueError: sizes that no layer has, or that tp or ep do not divide; ep of a layer that is one GPU's already.
     """
     sizes = (tp, ep, layer.experts, layer.top_k, layer.hidden, layer.intermediate)
     if min(sizes) < 1 or layer.top_k > (layer.global_experts or layer.experts):
@@ -156,6 +168,11 @@ def sharded(layer: MoeLayer, tp: int = 1, ep: int = 1) -> MoeLayer:
     if layer.intermediate % tp or layer.experts % ep:
         raise ValueError(
             f"--tp {tp} --ep {ep} do not divide {layer.experts} experts of intermediate size {layer.intermediate}"
+        )
+    if ep > 1 and layer.global_experts:
+        raise ValueError(
+            f"--ep {ep} of {layer.name}: it names one GPU's {layer.experts} of {layer.global_experts} experts already; "
+            "leave --ep out, or name the layer with all its experts"
         )
     return replace(
         layer,
