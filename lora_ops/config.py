@@ -61,7 +61,7 @@ def group_chunks(k: int, rank: int) -> int:
 
 def num_planes(k: int, slices: int, rank: int, num_rows: int) -> int:
     """Planes that the sum over K is split into: the fewer, the more programs the rows of a batch make."""
-    if num_rows > PLANES_BATCH:
+    if num_rows > PLANES_BATCH or k == 0:
         return 1
     chunks = -(-k // chunk_k(k))
     most = SMALL_BATCH if slices == 1 else CHUNKS_BATCH

@@ -211,7 +211,7 @@ def _add_linear(op, y, x, lora_a, lora_b, arena, counts, layout, scale, offset, 
     """The whole layer on the current stream."""
     layer = (op, y, x, lora_a, lora_b, arena, layout)
     if uses_kernels(x):
-        runs = x.numel() > 0 and not (add_inputs and _num_active(counts) == 0)
+        runs = y.numel() > 0 and not (add_inputs and _num_active(counts) == 0)
         step = step_of(counts, x) if runs else ANY_STEP
         _linear_kernels(*layer, step, runs, scale, offset, add_inputs, False)
         return

@@ -37,6 +37,8 @@ CASES = [
     Case(530, 64, (32, 16), 16, 5, "large tiles"),
     Case(30, 9000, (16,), 16, 3, "long K"),
     Case(12, 64, (8, 16, 24, 32), 8, 2, "four slices take two launches"),
+    Case(9, 0, (24, 8), 96, 2, "no input features: zeros"),
+    Case(9, 64, (24, 0, 8), 8, 2, "a slice without output features"),
 ]
 
 
@@ -74,7 +76,7 @@ def make_layer(case: Case, dtype: torch.dtype, device: str, padding: int = 0) ->
     return Layer(
         x=draw(rows, case.k + 8)[:, : case.k],
         y=draw(rows, sum(case.widths) + 16)[:, : sum(case.widths) + 7],
-        lora_a=[draw(case.slots, case.rank, case.k, scale=case.k**-0.5) for _ in case.widths],
+        lora_a=[draw(case.slots, case.rank, case.k, scale=max(case.k, 1) ** -0.5) for _ in case.widths],
         lora_b=[draw(case.slots, width, case.rank, scale=case.rank**-0.5) for width in case.widths],
         slots=slots,
         plan=plan,

@@ -9,7 +9,8 @@ from lora_ops import reference
 from .cases import assert_close, tolerance
 
 nan = float("nan")
-SHAPES = [(0, 64, 48, 8, 3), (1, 64, 48, 8, 1), (6, 1100, 33, 5, 2), (19, 640, 128, 64, 4)]  # M, K, N, R, L
+SHAPES = [(0, 64, 48, 8, 3), (1, 64, 48, 8, 1), (6, 1100, 33, 5, 2), (19, 640, 128, 64, 4), (6, 0, 0, 64, 3)]
+"""M, K, N, R, L."""
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 adding = pytest.mark.parametrize("add_inputs", [True, False])
 
@@ -21,7 +22,7 @@ def draw(dtype, device, *shape, scale=1.0):
 @shapes
 def test_bgmv_shrink(shape, dtype, device):
     m, k, _, rank, slots = shape
-    x, a = draw(dtype, device, m, k), draw(dtype, device, slots, rank, k, scale=k**-0.5)
+    x, a = draw(dtype, device, m, k), draw(dtype, device, slots, rank, k, scale=max(k, 1) ** -0.5)
     index = torch.randint(-1, slots, (m,), device=device)
     out, expected = torch.full((m, rank), nan, device=device), torch.zeros(m, rank, device=device)
     lora_ops.bgmv_shrink(x, a, out, index, 0.5)
