@@ -88,6 +88,16 @@ def matrix(op: str, name: str, tensor: torch.Tensor, device: torch.device, colum
         )
 
 
+def output(op: str, name: str, tensor: torch.Tensor, device: torch.device, columns: int | None = None) -> None:
+    """Checks a `matrix` that is written; ValueError also if its rows overlap, for several programs would write one."""
+    matrix(op, name, tensor, device, columns)
+    if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, its rows overlap in memory: "
+            "give a tensor of separate rows, not an expanded one"
+        )
+
+
 def input_rows(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Checks x [M, K] against A [L, R, K]."""
     matrix(op, "x", x, weight.device, weight.shape[2])

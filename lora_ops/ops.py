@@ -124,7 +124,7 @@ def _check_expand(op: str, h, lora_b, y, arena, layout, offset: int) -> list[tor
     """B as [L, N_s, R], fitting h, y and the plan."""
     weights = checks.flat_weights(op, "lora_b", lora_b)
     rank = checks.expand_rank(op, weights[0])
-    checks.matrix(op, "y", y, weights[0].device)
+    checks.output(op, "y", y, weights[0].device)
     checks.planes(op, "h", h, len(weights), y.shape[0], rank, weights[0].device)
     checks.window(op, y, offset, sum(b.shape[1] for b in weights))
     checks.plan_fits(op, weights[0], layout, arena)
@@ -175,11 +175,11 @@ def _check_linear(op: str, out, x, lora_a, lora_b, arena, layout, offset: int, s
     checks.plan_fits(op, a[0], layout, arena)
     width = sum(weight.shape[1] for weight in b)
     if small:
-        checks.matrix(op, "delta", out, b[0].device, width)
+        checks.output(op, "delta", out, b[0].device, width)
         if out.shape[0] != SMALL_BATCH:
             raise ValueError(f"{op}: delta has {out.shape[0]} rows, expected {SMALL_BATCH}")
     else:
-        checks.matrix(op, "y", out, b[0].device)
+        checks.output(op, "y", out, b[0].device)
         checks.same_rows(op, x=x.shape[0], y=out.shape[0])
         checks.window(op, out, offset, width)
     return a, b
@@ -258,7 +258,7 @@ def _lora_delta(delta, x, lora_a, lora_b, arena, counts, layout, scale):
 )
 def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_place):
     op = "lora_join"
-    checks.matrix(op, "y", y, delta.device, delta.shape[1])
+    checks.output(op, "y", y, delta.device, delta.shape[1])
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
     beside = _fits_beside(x, counts)
     if beside:
@@ -321,7 +321,7 @@ def linear_beside(
 def _check_shrink_rows(op: str, x, weight, out) -> None:
     checks.shrink_rank(op, weight)
     checks.input_rows(op, x, weight)
-    checks.matrix(op, "out", out, weight.device, weight.shape[1])
+    checks.output(op, "out", out, weight.device, weight.shape[1])
     checks.shrink_output(op, out)
     checks.same_rows(op, x=x.shape[0], out=out.shape[0])
 
@@ -329,7 +329,7 @@ def _check_shrink_rows(op: str, x, weight, out) -> None:
 def _check_expand_rows(op: str, x, weight, out, offset: int, width: int) -> None:
     checks.expand_rank(op, weight)
     checks.matrix(op, "x", x, weight.device, weight.shape[2])
-    checks.matrix(op, "out", out, weight.device)
+    checks.output(op, "out", out, weight.device)
     checks.same_rows(op, x=x.shape[0], out=out.shape[0])
     checks.window(op, out, offset, width)
     if width != weight.shape[1]:
@@ -468,8 +468,8 @@ def lora_expand(
     Args:
         h: [S, M, R], any floating dtype; rounded to the dtype of lora_b before the product.
         lora_b: S tensors [L, N_s, R]; the widths may differ.
-        y: [M, at least offset + sum of N_s]; rows may be strided. Rows without adapter stay as they are with
-            add_inputs, and become zero without.
+        y: [M, at least offset + sum of N_s]; rows may be strided, but may not overlap. Rows without adapter stay as
+            they are with add_inputs, and become zero without.
         plan: slots of the tokens.
         add_inputs: add to y (rounded once, after the sum in fp32) or overwrite it.
 
@@ -541,8 +541,8 @@ def bgmv_expand_slice(
     Args:
         x: [M, R], any floating dtype.
         lora_b: [L, slice_size, R].
-        out: [M, at least slice_offset + slice_size]; rows may be strided. Index -1: untouched with add_inputs, zero
-            without.
+        out: [M, at least slice_offset + slice_size]; rows may be strided, but may not overlap. Index -1: untouched with
+            add_inputs, zero without.
         slot_indices: int [M] on the device of the weights, -1 = no adapter.
 
     Raises:

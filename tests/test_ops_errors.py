@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lora_ops
+from lora_ops.plan import plan_args
 from ops_patches import counters
 
 M, K, N, R, L = 4, 32, 24, 8, 3
@@ -33,6 +34,12 @@ BAD_LINEAR = {
     "y too narrow": ({"y": torch.randn(M, N - 1)}, ValueError, "columns 0 to 23 do not fit into the output"),
     "negative offset": ({"offset": -1}, ValueError, "columns -1 to 22 do not fit"),
     "offset too large": ({"offset": 1}, ValueError, "columns 1 to 24 do not fit"),
+    "one row for all of y": ({"y": torch.randn(1, N).expand(M, N)}, ValueError, "y has .* its rows overlap in memory"),
+    "rows of y overlap": (
+        {"y": torch.randn(M * N).as_strided((M, N), (N - 1, 1))},
+        ValueError,
+        r"y has shape \(4, 24\) and strides \(23, 1\), its rows overlap in memory: give a tensor of separate rows",
+    ),
     "y integer": ({"y": torch.ones(M, N, dtype=torch.int64)}, TypeError, "y is torch.int64"),
     "no slices": ({"lora_a": [], "lora_b": []}, ValueError, "lora_a is empty"),
     "slice counts differ": ({"lora_b": []}, ValueError, "lora_a has 1 slices, lora_b has 0"),
@@ -84,6 +91,7 @@ def test_linear(change, error, message):
         (torch.zeros(M, N - 1), ValueError, r"y has shape \(4, 23\), expected \[rows, 24\]"),
         (torch.zeros(M + 1, N), ValueError, "row counts differ: x 4, y 5"),
         (torch.zeros(N, M).T, ValueError, "y has strides .* must be contiguous"),
+        (torch.zeros(N).expand(M, N), ValueError, r"y has .* strides \(0, 1\), its rows overlap in memory"),
         (torch.zeros(M, N, dtype=torch.int8), TypeError, "y is torch.int8"),
     ],
 )
@@ -134,6 +142,30 @@ def test_expand_input():
     arguments = good()
     with pytest.raises(ValueError, match=re.escape("h has shape (1, 4, 9), expected [slices, rows, rank] = (1, 4, 8)")):
         lora_ops.lora_expand(torch.zeros(1, M, R + 1), arguments["lora_b"], arguments["y"], arguments["plan"])
+
+
+def test_outputs_whose_rows_overlap():
+    """Programs of several rows would write one address, in any order."""
+    arguments, index, one = good(), torch.zeros(M, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    x, h, a, b, plan = arguments["x"], torch.randn(M, R), arguments["lora_a"], arguments["lora_b"], arguments["plan"]
+    segments = (one, torch.tensor([M]), one, 1, M, M)
+    out, y = torch.zeros(R).expand(M, R), torch.zeros(N).expand(M, N)
+    delta = torch.zeros(N).expand(512, N)
+    calls = [
+        lambda: lora_ops.lora_shrink(x, a, out[None], plan),
+        lambda: lora_ops.lora_expand(h[None], b, y, plan),
+        lambda: torch.ops.lora_ops.lora_delta(delta, x, a, b, *plan_args(plan), 1.0),
+        lambda: lora_ops.bgmv_shrink(x, a[0], out, index),
+        lambda: lora_ops.bgmv_expand(h, b[0], y, index),
+        lambda: lora_ops.sgmv_shrink(x, a[0], out, *segments),
+        lambda: lora_ops.sgmv_expand(h, b[0], y, *segments),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"its rows overlap in memory|it must be contiguous"):
+            call()
+    assert not out.any()
+    assert not y.any()
+    lora_ops.bgmv_expand(h[:1], b[0], y[:1], index[:1])  # one row has none to overlap with
 
 
 @pytest.mark.parametrize(

@@ -529,6 +529,7 @@ def test_out(alias, compiled, device):
         (lambda out: out.half(), TypeError, "out is torch.float16, hidden is torch.float32"),
         (lambda out: out[:-1], ValueError, r"out has shape \(12, 72\), .* \[13, 72\]"),
         (lambda out: out.T.contiguous().T, ValueError, "out has strides .* must be contiguous"),
+        (lambda out: out[:1].expand(13, -1), ValueError, r"out has strides \(0, 1\), it must be contiguous"),
     ],
 )
 def test_bad_out_is_named(change, error, message, device):

@@ -77,6 +77,18 @@ def test_tensors_on_another_gpu_than_the_current(dtype, device):
     assert_close(layer.y, expected, tolerance(dtype))
 
 
+@pytest.mark.parametrize("tokens", [9, 530])
+def test_inputs_whose_rows_overlap(dtype, device, tokens):
+    """Expanded tensors may be read, of one row for all, and of one adapter in every slot."""
+    layer = make_layer(Case(tokens, 1100, (32, 16), 16, 4, "expanded"), dtype, device)
+    x = layer.x[:1].expand(tokens, -1)
+    a, b = ([weight[:1].expand(4, -1, -1) for weight in weights] for weights in (layer.lora_a, layer.lora_b))
+    expected = layer.y.float().clone()
+    reference.lora_linear(expected, x, a, b, layer.plan)
+    lora_ops.lora_linear(layer.y, x, a, b, layer.plan)
+    assert_close(layer.y, expected, tolerance(dtype))
+
+
 @every_case
 @pytest.mark.parametrize("h_dtype", [torch.float32, None], ids=["fp32 h", "h as weights"])
 def test_expand(case, dtype, device, h_dtype):
