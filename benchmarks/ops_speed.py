@@ -38,8 +38,10 @@ from rich.markup import escape
 from rich.table import Table
 from running import (
     RESULTS,
+    SEED,
     append_rows,
     git_commit,
+    integer,
     make_results,
     origin,
     positive,
@@ -50,6 +52,8 @@ from running import (
 )
 from shapes import DISTRIBUTIONS, GRID, MODELS, QUICK_GRID, TINY_GRID, Case, floor_us
 from timing import COLD_BYTES, H200_CEILINGS, Timing, capture, graph_time, measured_ceilings
+
+from lora_ops.config import MAX_RANK
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -88,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="rank 16 and (tokens, adapters) (1, 1), (64, 32), (8192, 8) only")
     add("--model", choices=MODELS, help="default: llama3-8b on a GPU, tiny without")
     add("--module", nargs="+", choices=("qkv", "o", "gate_up", "down"), metavar="NAME", help="qkv, o, gate_up, down")
-    add("--rank", nargs="+", type=positive(int), help="default: 16 64")
+    add("--rank", nargs="+", type=integer(1, MAX_RANK), help="default: 16 64")
     add(
         "--tokens", nargs="+", type=positive(int), help="these token counts of the grid; with --adapters: their product"
     )
@@ -103,10 +107,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache", nargs="+", choices=CACHES, default=list(CACHES))
     add("--distribution", nargs="+", choices=DISTRIBUTIONS, default=["uniform"], help="of requests over adapters")
     add("--none-fraction", type=float, default=0.0, help="share of requests without an adapter (rows of -1)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     add("--sweep-seconds", type=positive(float), default=8.0, help="most time for one sweep of a host's configs")
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile ahead; 0: none")
-    add("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="stop cleanly after this long")
+    add(
+        "--workers", type=integer(0), default=min(16, os.cpu_count() or 1), help="processes that compile ahead; 0: none"
+    )
+    add("--time-limit", type=positive(float), default=math.inf, metavar="SECONDS", help="stop cleanly after this long")
     add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
     add(
         "--out",

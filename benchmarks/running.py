@@ -39,6 +39,24 @@ def positive(kind):
     return read
 
 
+def integer(least: int, most: float = math.inf):
+    """An argparse type: an integer from least to most."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            limit = f"below {least}" if value < least else f"above {most}"
+            raise argparse.ArgumentTypeError(f"{text} is {limit}")
+        return value
+
+    read.__name__ = int.__name__
+    return read
+
+
+SEED = integer(0, 2**32 - 1)
+"""An argparse type: a seed that numpy and torch take."""
+
+
 def git_commit() -> str:
     command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]
     with contextlib.suppress(OSError):

@@ -54,7 +54,8 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import git_commit, make_results, now, positive
+from running import SEED, git_commit, integer, make_results, now, positive
+from serving_server import LORA_RANKS, lora_rank
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
 PROBES_PER_S = 2.0
@@ -207,7 +208,7 @@ class Engine:
             "enable_lora": True,
             "max_loras": options.slots,
             "max_cpu_loras": options.cpu_slots,
-            "max_lora_rank": options.rank,
+            "max_lora_rank": lora_rank(options.rank),
             "lora_target_modules": [*ATTENTION, *MLP],
         }
         if torch.cuda.is_available() and options.variant == "patched":
@@ -616,7 +617,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--variant", default="patched", choices=("patched", "stock"), help="stock: vLLM as it is, to compare with")
     add("--layers", type=positive(int), default=8, help="layers of llama3-8b")
     add("--adapters", type=int, default=24)
-    add("--rank", type=positive(int), default=16)
+    add("--rank", type=integer(1, LORA_RANKS[-1]), default=16)
     add("--slots", type=positive(int), default=4, help="max_loras")
     add("--cpu-slots", type=int, default=8, help="max_cpu_loras")
     add("--concurrency", type=int, default=256, help="requests in flight")
@@ -626,7 +627,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--slack", type=float, default=0.1, help="part of the speed before that may be lost after")
     add("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     add("--memory", type=positive(float), default=0.6, help="gpu_memory_utilization")
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "soak"), help="folder of the checkpoint")
     add("--out", type=Path, help="JSON file of the results")
     add("--commit", default=git_commit(), help="commit to write into the results; default: git's")

@@ -32,6 +32,28 @@ def test_a_folder_that_cannot_be_made(tmp_path, script, words):
     assert f"--out: {out.parent}" in refusal(script, *words.split(), "--out", str(out))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("ops_speed.py --rank 16 600", "--rank: 600 is above 512"),
+        ("ops_speed.py --rank 0", "--rank: 0 is below 1"),
+        ("ops_speed.py --rank many", "--rank: invalid int value: 'many'"),
+        ("ops_speed.py --seed -1", "--seed: -1 is below 0"),
+        ("ops_speed.py --time-limit -1", "--time-limit: -1 is not above 0"),
+        ("ops_speed.py --time-limit nan", "--time-limit: nan is not above 0"),
+        ("ops_speed.py --workers -1", "--workers: -1 is below 0"),
+        ("ops_speed.py --moe --seed -1", "--seed: -1 is below 0"),
+        ("ops_speed.py --moe --time-limit 0", "--time-limit: 0 is not above 0"),
+        ("ops_speed.py --moe --workers -1", "--workers: -1 is below 0"),
+        ("soak.py --rank 600", "--rank: 600 is above 512"),
+        ("soak.py --seed -1", "--seed: -1 is below 0"),
+        ("vllm_agreement.py --out . --rank 600", "--rank: 600 is above 512"),
+    ],
+)
+def test_a_number_that_cannot_be(words, message):
+    assert f"error: argument {message}\n" in refusal(*words.split())
+
+
 @pytest.mark.parametrize("words", ["vllm_agreement.py", "moe_agreement.py --host vllm"])
 def test_nothing_to_do(tmp_path, words):
     assert "nothing to do: give --variant, --compare or both" in refusal(*words.split(), "--out", str(tmp_path))
