@@ -41,7 +41,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
-from running import git_commit, make_results, now, positive
+from running import git_commit, make_results, now, positive, require
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -467,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         result_file(options, options.process).write_text(json.dumps(run(options)))
         return 0
     if options.variant:
+        require("transformers" if variant == "reference" else options.host for variant in options.variant)
         run_variants(options, argv)
     return int(compare_results(options) > 0) if options.compare else 0
 

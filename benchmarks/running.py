@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import csv
 import datetime
+import importlib.util
 import math
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -90,6 +92,19 @@ def make_results(folder: Path) -> None:
         tuning.writable(folder)
     except ValueError as error:
         raise SystemExit(f"--out: {error}") from error
+
+
+def require(packages: Iterable[str]) -> None:
+    """Look for what a later process needs before anything is written for it.
+
+    Raises:
+        SystemExit: this Python lacks a package.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise SystemExit(
+                f"{sys.executable} has no {name}: install it there, or use the Python of an environment that has it"
+            )
 
 
 def read_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

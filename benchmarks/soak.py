@@ -54,7 +54,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import SEED, git_commit, integer, make_results, now, positive
+from running import SEED, git_commit, integer, make_results, now, positive, require
 from serving_server import LORA_RANKS, lora_rank
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
@@ -648,6 +648,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.out:
         make_results(options.out.parent)
+    require(["vllm"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the engine's process ends, too
     here = Path(__file__).resolve()
     # in a process of its own, which frees the GPU

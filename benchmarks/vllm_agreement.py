@@ -43,11 +43,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from running import git_commit, integer, make_results, now, positive
+from running import git_commit, integer, make_results, now, positive, require
 from serving_server import LORA_RANKS, lora_rank
 
 ENGINES = ("base", "stock", "patched")
 VARIANTS = ("reference", *ENGINES)
+NEEDS = {"reference": ("transformers", "peft")}
+"""Packages of the variants that need no vLLM."""
 PROMPT_TOKENS = 16
 DECODE_STEPS = 32
 PREFILL_TOKENS = 128
@@ -682,6 +684,7 @@ def main(argv: list[str] | None = None) -> int:
         result_file(options, options.process).write_text(json.dumps(result))
         return 0
     if options.variant:
+        require(name for variant in options.variant for name in NEEDS.get(variant, ("vllm",)))
         run_variants(options, argv)
     return int(compare_results(options) > 0) if options.compare else 0
 

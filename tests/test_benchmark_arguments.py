@@ -1,5 +1,6 @@
 """Arguments of the scripts in benchmarks/ that are refused before anything is measured."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,26 @@ def test_a_number_that_cannot_be(words, message):
 @pytest.mark.parametrize("words", ["vllm_agreement.py", "moe_agreement.py --host vllm"])
 def test_nothing_to_do(tmp_path, words):
     assert "nothing to do: give --variant, --compare or both" in refusal(*words.split(), "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "package"),
+    [
+        ("vllm_agreement", "--model tiny --variant stock", "vllm"),
+        ("vllm_agreement", "--model tiny --variant reference", "peft"),
+        ("moe_agreement", "--model tiny-moe --host vllm --variant base", "vllm"),
+        ("moe_agreement", "--model tiny-moe --host sglang --variant patched", "sglang"),
+        ("soak", "--model tiny", "vllm"),
+    ],
+)
+def test_a_missing_package_is_named_before_a_process_starts(monkeypatch, tmp_path, script, words, package):
+    run = subprocess.run
+
+    def no_python(command, **options):
+        assert command[0] != sys.executable, "started a process"
+        return run(command, **options)
+
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    monkeypatch.setattr(subprocess, "run", no_python)
+    with pytest.raises(SystemExit, match=f"^{sys.executable} has no {package}: install it there"):
+        importlib.import_module(script).main([*words.split(), "--out", str(tmp_path / "out")])
