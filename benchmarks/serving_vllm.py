@@ -568,19 +568,20 @@ def measure_all(
     return status
 
 
-def show(path: Path, model: str | None, console: Console, plots: bool) -> None:
-    """The table of one model's rows (None: of all), and the plots of the file."""
+def show(path: Path, model: str | None, console: Console, plots: bool) -> bool:
+    """The table of one model's rows (None: of all), and the plots of the file; whether there are any."""
     rows = report.read(path)
     rows = rows if model is None else rows[rows["model"] == model]
     if rows.empty:
-        console.print(f"[yellow]no measurement in {path}[/]")
-        return
+        console.print(f"[yellow]no measurement in {path}[/]", soft_wrap=True)
+        return False
     about = "; ".join(
         sorted({f"{gpu}, {versions}" for gpu, versions in zip(rows["gpu"], rows["versions"], strict=True)})
     )
     console.print(report.table(rows, about))
     for plot in report.draw(path) if plots else ():
         console.print(str(plot), soft_wrap=True)
+    return True
 
 
 def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> int:
@@ -589,8 +590,7 @@ def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> 
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     name = f"serving_{host.name}"
     if options.report and options.out:
-        show(options.out / f"{name}.csv", None, console, not options.no_plots)
-        return 0
+        return int(not show(options.out / f"{name}.csv", None, console, not options.no_plots))
     machine = look_at_machine(options.commit, host, "moe_ops" if is_moe(options) else "lora_ops")
     if not machine.on_gpu:
         if options.model not in TINY and not options.report:
@@ -599,8 +599,7 @@ def main(argv: list[str] | None = None, host: Host = VLLM_HOST, parse=parse) -> 
         console.print("[yellow]no GPU: this shows that it works; times of a CPU mean nothing[/]")
     path = (options.out or RESULTS / machine.gpu.replace(" ", "_")) / f"{name}.csv"
     if options.report:
-        show(path, None, console, not options.no_plots)
-        return 0
+        return int(not show(path, None, console, not options.no_plots))
 
     options.work = options.work.resolve()
     runs = plan(options)

@@ -81,3 +81,11 @@ def test_a_missing_package_is_named_before_a_process_starts(monkeypatch, tmp_pat
     monkeypatch.setattr(subprocess, "run", no_python)
     with pytest.raises(SystemExit, match=f"^{sys.executable} has no {package}: install it there"):
         importlib.import_module(script).main([*words.split(), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("script", ["ops_speed.py", "serving_vllm.py", "serving_sglang.py", "power.py"])
+def test_a_report_of_nothing(tmp_path, script):
+    command = [sys.executable, str(BENCHMARKS / script), "--report", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"no measurement in {tmp_path}/" in done.stdout + done.stderr
