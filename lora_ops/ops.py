@@ -260,6 +260,11 @@ def _lora_join(delta, y, x, lora_a, lora_b, arena, counts, layout, scale, in_pla
     op = "lora_join"
     checks.output(op, "y", y, delta.device, delta.shape[1])
     checks.same_rows(op, x=x.shape[0], y=y.shape[0])
+    if not in_place and y.shape[0] > layout[0]:  # the reader of delta masks it by the plan's rows
+        raise ValueError(
+            f"{op}: y has {y.shape[0]} rows, but the plan holds {layout[0]} tokens: build the LoraPlan with a larger "
+            "max_tokens, or give in_place"
+        )
     beside = _fits_beside(x, counts)
     if beside:
         join_side(x.device)
@@ -297,7 +302,7 @@ def linear_beside(
 
     Args:
         base: makes the base layer's output y [M, sum of N_s].
-        x: [M, K]; other arguments as `lora_linear`.
+        x: [M, K], M at most the plan's max_tokens but with in_place; other arguments as `lora_linear`.
         in_place: add a small batch's LoRA part to y by a kernel of its own, which batches without adapter do not run.
             For a y that is read in parts, as q, k and v are: torch.compile would write all of the sum once more.
 

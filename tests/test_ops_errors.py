@@ -103,6 +103,19 @@ def test_output_of_the_layer_beside(y, error, message, in_place):
     assert not y.any()
 
 
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_more_rows_beside_the_layer_than_a_plan_can_hold(max_tokens):
+    """One token's slot would stand for all rows, among them padding whose LoRA part nobody wrote."""
+    arguments = good() | {"plan": lora_ops.LoraPlan(max_tokens, L, "cpu")}
+    arguments["plan"].update([0] * max_tokens)
+    y = arguments.pop("y")
+    with pytest.raises(ValueError, match=f"^lora_join: y has 4 rows, but the plan holds {max_tokens} tokens"):
+        lora_ops.linear_beside(lambda: y, **arguments)
+    expected = y.clone()
+    lora_ops.reference.lora_linear(expected, **{name: arguments[name] for name in ("x", "lora_a", "lora_b", "plan")})
+    assert torch.equal(lora_ops.linear_beside(lambda: y, **arguments, in_place=True), expected)
+
+
 def test_every_message_names_the_op():
     with pytest.raises(ValueError, match=r"^lora_linear: "):
         lora_ops.lora_linear(**(good() | {"offset": 1}))
