@@ -180,7 +180,8 @@ def indices(op: str, slots: torch.Tensor, num_slots: int, device: torch.device) 
 
 
 def segments(op: str, starts: torch.Tensor, lengths: torch.Tensor, max_length: int, rows: int) -> None:
-    """Segments must lie inside the batch and be no longer than max_length; not checked while a stream captures."""
+    """Segments must lie inside the batch, be no longer than max_length and not overlap; not checked while a stream
+    captures."""
     if starts.numel() == 0 or (starts.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     first, end, longest = int(starts.min()), int((starts.long() + lengths).max()), int(lengths.max())
@@ -189,3 +190,8 @@ def segments(op: str, starts: torch.Tensor, lengths: torch.Tensor, max_length: i
             f"{op}: segments span rows {first} to {end - 1} with up to {longest} rows, but the batch has {rows} rows "
             f"and max_seq_length is {max_length}"
         )
+    used = lengths > 0
+    begins, order = starts[used].sort()
+    ends = begins + lengths[used][order]
+    if bool((ends[:-1] > begins[1:]).any()):
+        raise ValueError(f"{op}: segments overlap: each row may have one slot, check seq_starts and seq_lengths")

@@ -577,7 +577,7 @@ def sgmv_shrink(
         batches: segments; max_seq_length: rows of the longest; token_nums: rows of all.
 
     Raises:
-        ValueError, TypeError: as `bgmv_shrink`; also segments that leave the batch or exceed max_seq_length.
+        ValueError, TypeError: as `bgmv_shrink`; also segments that leave the batch, exceed max_seq_length or overlap.
     """
     torch.ops.lora_ops.sgmv_shrink(
         x, lora_a, out, seq_starts, seq_lengths, slot_indices, batches, max_seq_length, token_nums, float(scale)

@@ -209,6 +209,9 @@ def test_bgmv_indices(index, message):
         ([0], [4], 2, 4, r"seq_starts has shape \(1,\), expected at least 2 segments"),
         ([2**31 - 1, 0], [3, 1], 2, 3, "segments span rows 0 to 2147483649"),
         ([0, 2], [2, 2], -1, 2, "batches is -1"),
+        ([0, 2], [3, 2], 2, 3, "segments overlap: each row may have one slot"),
+        ([2, 0], [2, 3], 2, 3, "segments overlap"),
+        ([1, 1], [1, 1], 2, 1, "segments overlap"),
     ],
 )
 def test_sgmv_segments(starts, lengths, batches, longest, message):
@@ -216,6 +219,16 @@ def test_sgmv_segments(starts, lengths, batches, longest, message):
     segments = (starts, lengths, torch.tensor([0, 1]), batches, longest, M)
     with pytest.raises(ValueError, match=message):
         lora_ops.sgmv_shrink(torch.randn(M, K), torch.randn(L, R, K), torch.zeros(M, R), *segments)
+
+
+def test_sgmv_segments_in_any_order_and_empty_ones():
+    """None of these overlap: an empty one has no row, wherever it begins."""
+    starts, lengths, slots = torch.tensor([2, 1, 0]), torch.tensor([2, 0, 2]), torch.tensor([0, 2, 1])
+    x, a, out = torch.randn(M, K), torch.randn(L, R, K), torch.full((M, R), torch.nan)
+    lora_ops.sgmv_shrink(x, a, out, starts, lengths, slots, 3, 2, M)
+    expected = torch.empty(M, R)
+    lora_ops.bgmv_shrink(x, a, expected, torch.tensor([1, 1, 0, 0]))
+    assert torch.equal(out, expected)
 
 
 def test_slice_size_must_match():
