@@ -11,6 +11,8 @@ from .plan import NO_ADAPTER, plan_layout
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+INT32_ELEMENTS = 2**31 - 1
+"""Elements from the first to the last of a slot at most: kernels have offsets in int32 there."""
 
 
 def flat_weights(op: str, name: str, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -18,7 +20,7 @@ def flat_weights(op: str, name: str, weights: Sequence[torch.Tensor]) -> list[to
 
     Raises:
         ValueError: no weight, another number of dimensions, slices that differ in slots, dtype, device, columns or
-            row stride, or whose last dimension is not contiguous.
+            row stride, whose last dimension is not contiguous, or whose slots span more than INT32_ELEMENTS.
         TypeError: a dtype other than fp16, bf16, fp32.
     """
     if not weights:
@@ -45,6 +47,11 @@ def flat_weights(op: str, name: str, weights: Sequence[torch.Tensor]) -> list[to
             )
         if w.stride(2) != 1 and w.shape[2] > 1:
             raise ValueError(f"{op}: {name}[{i}] has strides {w.stride()}, its last dimension must be contiguous")
+        if (w.shape[1] - 1) * w.stride(1) + w.shape[2] > INT32_ELEMENTS:
+            raise ValueError(
+                f"{op}: {name}[{i}] has shape {tuple(w.shape)} and strides {w.stride()}, but a slot may span "
+                f"{INT32_ELEMENTS} elements, which kernels address: call .contiguous(), or split it"
+            )
     return flat
 
 

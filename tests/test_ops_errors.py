@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lora_ops
+from lora_ops import checks
 from lora_ops.plan import plan_args
 from ops_patches import counters
 
@@ -101,6 +102,16 @@ def test_output_of_the_layer_beside(y, error, message, in_place):
     with pytest.raises(error, match=f"^lora_join: {message}"):
         lora_ops.linear_beside(lambda: y, **arguments, in_place=in_place)
     assert not y.any()
+
+
+def test_slots_beyond_int32():
+    """A kernel's offsets in a slot would wrap around."""
+    stride = 2**27
+    weight = torch.empty(17 * stride, dtype=torch.float16, device="meta").as_strided((1, 17, 64), (0, stride, 1))
+    message = r"lora_b\[0\] has shape \(1, 17, 64\) and strides .*, but a slot may span 2147483647 elements"
+    with pytest.raises(ValueError, match=message):
+        checks.flat_weights("lora_expand", "lora_b", [weight])
+    assert checks.flat_weights("lora_expand", "lora_b", [weight[:, :16]])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
