@@ -40,8 +40,8 @@ from running import (
     RESULTS,
     SEED,
     append_rows,
+    between,
     git_commit,
-    integer,
     make_results,
     origin,
     positive,
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="rank 16 and (tokens, adapters) (1, 1), (64, 32), (8192, 8) only")
     add("--model", choices=MODELS, help="default: llama3-8b on a GPU, tiny without")
     add("--module", nargs="+", choices=("qkv", "o", "gate_up", "down"), metavar="NAME", help="qkv, o, gate_up, down")
-    add("--rank", nargs="+", type=integer(1, MAX_RANK), help="default: 16 64")
+    add("--rank", nargs="+", type=between(int, 1, MAX_RANK), help="default: 16 64")
     add(
         "--tokens", nargs="+", type=positive(int), help="these token counts of the grid; with --adapters: their product"
     )
@@ -110,9 +110,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=SEED, default=0)
     add("--sweep-seconds", type=positive(float), default=8.0, help="most time for one sweep of a host's configs")
     add(
-        "--workers", type=integer(0), default=min(16, os.cpu_count() or 1), help="processes that compile ahead; 0: none"
+        "--workers",
+        type=between(int, 0),
+        default=min(16, os.cpu_count() or 1),
+        help="processes that compile ahead; 0: none",
     )
-    add("--time-limit", type=positive(float), default=math.inf, metavar="SECONDS", help="stop cleanly after this long")
+    add(
+        "--time-limit", type=between(float, 0), default=math.inf, metavar="SECONDS", help="stop cleanly after this long"
+    )
     add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
     add(
         "--out",

@@ -41,21 +41,20 @@ def positive(kind):
     return read
 
 
-def integer(least: int, most: float = math.inf):
-    """An argparse type: an integer from least to most."""
+def between(kind, least: float, most: float = math.inf):
+    """An argparse type: a number of this kind from least to most."""
 
-    def read(text: str) -> int:
-        value = int(text)
+    def read(text: str):
+        value = kind(text)
         if not least <= value <= most:
-            limit = f"below {least}" if value < least else f"above {most}"
-            raise argparse.ArgumentTypeError(f"{text} is {limit}")
+            raise argparse.ArgumentTypeError(f"{text} is {f'above {most}' if value > most else f'not {least} or more'}")
         return value
 
-    read.__name__ = int.__name__
+    read.__name__ = kind.__name__
     return read
 
 
-SEED = integer(0, 2**32 - 1)
+SEED = between(int, 0, 2**32 - 1)
 """An argparse type: a seed that numpy and torch take."""
 
 

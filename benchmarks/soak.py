@@ -54,7 +54,7 @@ from pathlib import Path
 
 import numpy as np
 import vllm_agreement
-from running import SEED, git_commit, integer, make_results, now, positive, require
+from running import SEED, between, git_commit, make_results, now, positive, require
 from serving_server import LORA_RANKS, lora_rank
 
 PROBE_PROMPT, PROBE_STEPS = 24, 12
@@ -617,7 +617,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--variant", default="patched", choices=("patched", "stock"), help="stock: vLLM as it is, to compare with")
     add("--layers", type=positive(int), default=8, help="layers of llama3-8b")
     add("--adapters", type=int, default=24)
-    add("--rank", type=integer(1, LORA_RANKS[-1]), default=16)
+    add("--rank", type=between(int, 1, LORA_RANKS[-1]), default=16)
     add("--slots", type=positive(int), default=4, help="max_loras")
     add("--cpu-slots", type=int, default=8, help="max_cpu_loras")
     add("--concurrency", type=int, default=256, help="requests in flight")

@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from running import git_commit, integer, make_results, now, positive, require
+from running import between, git_commit, make_results, now, positive, require
 from serving_server import LORA_RANKS, lora_rank
 
 ENGINES = ("base", "stock", "patched")
@@ -97,7 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the results")
     add("--work", type=Path, default=Path(tempfile.gettempdir(), "vllm_agreement"), help="folder of the checkpoint")
     add("--adapters", type=positive(int), default=32)
-    add("--rank", type=integer(1, LORA_RANKS[-1]), default=16)
+    add("--rank", type=between(int, 1, LORA_RANKS[-1]), default=16)
     add("--tp", type=positive(int), default=1, help="GPUs of tensor parallelism")
     add("--fully-sharded", action="store_true", help="shard both LoRA matrices")
     add("--requests", nargs="+", type=positive(int), default=[1, 16, 64, 256], help="requests at once, ascending")
