@@ -105,6 +105,17 @@ def output(op: str, name: str, tensor: torch.Tensor, device: torch.device, colum
         )
 
 
+def apart(op: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    """ValueError if memory between the first element of one and its last is the other's, too."""
+    spans = []
+    for t in (x, y):
+        elements = (t.shape[0] - 1) * t.stride(0) + t.shape[1] if t.numel() else 0
+        spans.append((t.data_ptr(), t.data_ptr() + elements * t.element_size()))
+    (x_start, x_end), (y_start, y_end) = spans
+    if x_start < y_end and y_start < x_end:
+        raise ValueError(f"{op}: y overlaps x, of which later slices read what earlier ones wrote: give y of its own")
+
+
 def input_rows(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Checks x [M, K] against A [L, R, K]."""
     matrix(op, "x", x, weight.device, weight.shape[2])

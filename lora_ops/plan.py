@@ -160,7 +160,7 @@ class LoraPlan:
             up to SMALL_BATCH tokens, too). A CPU tensor, so that torch.compile treats the numbers as data and an op can
             leave early without a sync.
 
-    One thread updates a plan. A copy of one, or one that was pickled, is a new plan of no tokens.
+    One thread updates a plan, on one stream. A copy of one, or one that was pickled, is a new plan of no tokens.
     """
 
     def __init__(self, max_tokens: int, max_slots: int, device: torch.device | str, has_offsets: bool = False) -> None:

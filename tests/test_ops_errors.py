@@ -168,6 +168,21 @@ def test_expand_input():
         lora_ops.lora_expand(torch.zeros(1, M, R + 1), arguments["lora_b"], arguments["y"], arguments["plan"])
 
 
+def test_x_in_the_memory_of_y():
+    """Up to three slices are read by one launch before another writes them; of more, later ones would read y."""
+    memory, slices = torch.randn(M, K), 4
+    a, b = [torch.randn(L, R, K)] * slices, [torch.randn(L, K // slices, R)] * slices
+    plan, x = good()["plan"], memory.clone()
+    expected = x.clone()
+    lora_ops.lora_linear(expected, x, a[:3], b[:3], plan)
+    lora_ops.lora_linear(memory, memory, a[:3], b[:3], plan)
+    assert torch.equal(memory, expected)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="lora_linear: y overlaps x, of which later slices read"):
+        lora_ops.lora_linear(memory, memory, a, b, plan)
+    assert torch.equal(memory, before)
+
+
 def test_outputs_whose_rows_overlap():
     """Programs of several rows would write one address, in any order."""
     arguments, index, one = good(), torch.zeros(M, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
