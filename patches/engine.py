@@ -124,7 +124,7 @@ class PatchSet:
     name: of the host, and of its importable top-level module.
     hosts: tested version range of each distribution that provides the module.
     env: environment variable (0 or 1) that makes child processes patch themselves.
-    entry_point: (group, name) under which the host loads our plugin in its processes.
+    entry_point: (group, name) under which the host loads our plugin in its processes; the name is also the library's.
     allowlist: the host's environment variable that lists the plugins it loads.
     listed: the names in a value of it, as the host reads it; None: it then loads all.
     copied: the host's environment variable that lists prefixes of those which it sets on other machines, if it has one.
@@ -343,7 +343,7 @@ class PatchSet:
             "reasons": list(self._reasons),
             "targets": {row.target: self._fired[row.target] for row in self._rows},
             "never_fired": [row.target for row in self._rows if not row.only_when and not self._fired[row.target]],
-            "counters": counters.snapshot(),
+            "counters": counters.snapshot(self.entry_point[1]),
             **self.extras(),
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }

@@ -46,9 +46,9 @@ def op_library(namespace: str) -> Callable[..., Callable[[Callable], Callable]]:
                     with _device_of(args), debug.watch(name, args, namespace):
                         result = function(*args)
                 except Exception as error:
-                    counters.error(count, type(error))
+                    counters.error(count, type(error), namespace)
                     raise
-                counters.hit(count)
+                counters.hit(count, namespace)
                 return result
 
             library.define(f"{schema} -> {returns}", tags=(torch.Tag.needs_fixed_stride_order,))

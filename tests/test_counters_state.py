@@ -12,6 +12,8 @@ import time
 import pytest
 
 from ops_patches import counters, state
+from ops_patches.vllm_lora import VLLM_LORA
+from ops_patches.vllm_moe import VLLM_MOE
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,26 @@ def test_snapshot_holds_every_count():
     json.dumps(counters.snapshot())
     counters.reset()
     assert counters.snapshot() == {"hit": {}, "fallback": {}, "error": {}}
+
+
+def test_a_library_has_its_own_counts():
+    """Layers of both may run in one process, whose status says of each what came of it."""
+    counters.hit("lora_linear")
+    counters.hit("fused_experts", "moe_ops")
+    counters.fallback("fused_experts", "int4", "moe_ops")
+    counters.error("lora_linear", ValueError)
+    assert counters.snapshot("lora_ops") == {
+        "hit": {"lora_linear": 1},
+        "fallback": {},
+        "error": {"lora_linear": {"ValueError": 1}},
+    }
+    assert counters.snapshot("moe_ops") == {
+        "hit": {"fused_experts": 1},
+        "fallback": {"fused_experts": {"int4": 1}},
+        "error": {},
+    }
+    for patches in (VLLM_LORA, VLLM_MOE):
+        assert patches.status()["counters"] == counters.snapshot(patches.entry_point[1])
 
 
 def test_each_fallback_is_logged_once_with_its_reason(caplog):

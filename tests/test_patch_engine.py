@@ -639,23 +639,29 @@ def test_the_compile_hash_depends_on_the_host_and_on_our_sources(monkeypatch):
     assert compute_hash("a") != ours
 
 
-def test_the_sources_hash_sees_every_source(tmp_path, monkeypatch):
-    for package in ("lora_ops", "ops_patches"):
+@pytest.mark.parametrize("source", ["lora_ops/kernels/shrink.py", "ops_configs/store.py", "ops_patches/vllm_punica.py"])
+def test_the_sources_hash_sees_every_source(tmp_path, monkeypatch, source):
+    """Constants of the configs, such as SMALL_BATCH, are in traced graphs, too."""
+    for package in ("lora_ops", "ops_configs", "ops_patches"):
         (tmp_path / package / "kernels").mkdir(parents=True)
         (tmp_path / package / "__init__.py").write_text("")
-    deep = tmp_path / "lora_ops" / "kernels" / "shrink.py"
     find = types.SimpleNamespace
     monkeypatch.setattr(
         vllm_lora.importlib.util, "find_spec", lambda name: find(origin=str(tmp_path / name / "__init__.py"))
     )
     hashes = []
     for text in ("a = 1", "a = 2", "a = 2"):
-        deep.write_text(text)
+        (tmp_path / source).write_text(text)
         hashes.append(vllm_lora.sources_hash.__wrapped__())
     assert hashes[0] != hashes[1] == hashes[2]
 
 
 PATCH_TABLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "patch_table.py"))
+
+
+def test_the_readme_shows_the_tables_of_today():
+    readme = PATCH_TABLE["README"].read_text()
+    assert PATCH_TABLE["with_tables"](readme) == readme, "run python scripts/patch_table.py --write"
 
 
 def test_the_tables_of_the_readme_show_every_host_and_row():
