@@ -166,7 +166,8 @@ def plan_fits(op: str, weight: torch.Tensor, layout: Sequence[int], arena: torch
     if arena.shape != (plan_layout(*layout).size,):
         raise ValueError(
             f"{op}: the plan's arena has shape {tuple(arena.shape)}, but max_tokens, max_slots and has_offsets of "
-            f"{list(layout)} make {plan_layout(*layout).size} elements: they must be of one LoraPlan"
+            f"{list(layout)} make {plan_layout(*layout).size} elements: they must be of one LoraPlan. If torch.compile "
+            "or vLLM took this graph from a cache, it is that of another plan: empty it"
         )
     max_slots = layout[1]
     if max_slots > weight.shape[0]:

@@ -144,7 +144,9 @@ def test_an_arena_of_another_layout():
     arguments = good()
     plan = arguments["plan"]
     tensors = [arguments[name] for name in ("y", "x", "lora_a", "lora_b")]
-    with pytest.raises(ValueError, match=r"arena has shape .* of \[64, 3, 0\] make .* they must be of one LoraPlan"):
+    with pytest.raises(
+        ValueError, match=r"arena has shape .* of \[64, 3, 0\] make .* they must be of one LoraPlan.* empty it"
+    ):
         torch.ops.lora_ops.lora_linear(*tensors, plan.arena, plan.counts, [64, L, 0], 1.0, 0, True)
 
 
