@@ -17,6 +17,7 @@ ENGINES = (
     "test_serving_vllm.py",
     "test_vllm_agreement.py",
     "test_vllm_churn_cpu.py",
+    "test_vllm_compile_cpu.py",
     "test_vllm_engine_cpu.py",
     "test_vllm_fault_cpu.py",
     "test_vllm_serve_cpu.py",
