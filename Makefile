@@ -1,5 +1,7 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: they build .venv on first use.
 VENV_PYTHON := .venv/bin/python
+# Tests run a process on each core: threads of several would wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo test lint format test-gpu bench setup clean
 
@@ -9,10 +11,10 @@ demo:  ## a real vLLM, three adapters, unpatched against patched
 test: lint  ## everything that needs no GPU
 	@scripts/setup_cpu.sh --hosts
 	@echo "kernels, in Triton's interpreter:"
-	@TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q -n auto tests/kernels
+	@$(ONE_THREAD) TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q -n auto tests/kernels
 	@echo "everything else:"
-	@LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(VENV_PYTHON) -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder \
-		tests --ignore=tests/gpu --ignore=tests/kernels
+	@$(ONE_THREAD) LORA_OPS_HOST_SOURCES=$(CURDIR)/.hosts $(VENV_PYTHON) -m pytest -q -rs -n auto --dist loadfile \
+		--no-loadscope-reorder tests --ignore=tests/gpu --ignore=tests/kernels
 
 lint: setup
 	@$(VENV_PYTHON) -m ruff check --quiet .
