@@ -27,6 +27,7 @@ _lock = threading.Lock()
 _writing = threading.Lock()
 _last = float("-inf")
 _pending: threading.Timer | None = None
+_written: dict | None = None
 _warned = False
 
 
@@ -46,7 +47,8 @@ def register(name: str, provider: Callable[[], dict]) -> None:
 def publish(force: bool = False) -> None:
     """Write this process's status file: now with `force`, else in a thread of its own, at most once a second.
 
-    Whoever serves never waits for a disk, and the file never lags more than a second. Does nothing before something is
+    Whoever serves never waits for a disk, and the file never lags more than a second: what is counted after a write,
+    such as the rest of a step, is written by another. Does nothing before something is
     registered. A folder that cannot be written is one warning, never an error, and is tried again the next time.
     """
     global _pending
@@ -57,17 +59,23 @@ def publish(force: bool = False) -> None:
     elif _pending is None:
         with _lock:
             if _pending is None:
-                _pending = threading.Timer(max(0.0, _last + INTERVAL_S - time.monotonic()), _write_now)
+                _pending = threading.Timer(max(0.0, _last + INTERVAL_S - time.monotonic()), _write_in_turn)
                 _pending.daemon = True
                 _pending.start()
 
 
-def _write_now() -> None:
+def _write_in_turn() -> None:
+    if _write_now():
+        publish()
+
+
+def _write_now() -> bool:
+    """Whether something was written that differs from what was."""
     global _last, _pending
     with _lock:
         _last, _pending = time.monotonic(), None
     with _writing:
-        _write()
+        return _write()
 
 
 def remove() -> None:
@@ -105,11 +113,11 @@ def _file(pid: int) -> Path:
     return directory() / f"{pid}.json"
 
 
-def _write() -> None:
-    global _warned
+def _write() -> bool:
+    global _written, _warned
     pid = os.getpid()
-    status = {"pid": pid, "started": _started(pid), "written": time.time()}
-    status |= {name: provider() for name, provider in _providers.items()}
+    told = {name: provider() for name, provider in _providers.items()}
+    status = {"pid": pid, "started": _started(pid), "written": time.time()} | told
     try:
         path = _file(pid)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,6 +129,9 @@ def _write() -> None:
         if not _warned:
             logger.warning("lora_ops: no status file for pid %d: %s; set %s to a folder of yours", pid, exc, STATUS_DIR)
         _warned = True
+        return False
+    changed, _written = told != _written, told
+    return changed
 
 
 def _started(pid: int) -> int | None:

@@ -30,6 +30,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "_providers", {})
     monkeypatch.setattr(state, "_last", float("-inf"))
     monkeypatch.setattr(state, "_pending", None)
+    monkeypatch.setattr(state, "_written", None)
     monkeypatch.setattr(state, "_warned", False)
     job = {"value": 0}
     state.register("job", lambda: dict(job))
@@ -131,6 +132,17 @@ def test_publishing_is_throttled_and_catches_up(files, monkeypatch):
         state.publish()
     assert state.processes()[0]["job"] == {"value": 0}
     assert until(49) < 10
+
+
+def test_what_is_counted_after_the_last_call_is_written_too(files, monkeypatch):
+    """As the rest of a step is, at whose start the host's worker publishes; then nothing more is."""
+    monkeypatch.setattr(state, "INTERVAL_S", 0.5)
+    state.publish()
+    until(0)
+    files["value"] = 7
+    assert until(7) < 10
+    time.sleep(1.5)
+    assert state._pending is None
 
 
 def test_who_publishes_does_not_wait_for_the_disk(files, monkeypatch):
