@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from ops_patches.memory import overlap
+
 from .config import MAX_RANK
 from .plan import NO_ADAPTER, plan_layout
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
-INT32_ELEMENTS = 2**31 - 1
+INT32_ELEMENTS = 2**31
 """Elements from the first to the last of a slot at most: kernels have offsets in int32 there."""
 
 
@@ -106,14 +108,12 @@ def output(op: str, name: str, tensor: torch.Tensor, device: torch.device, colum
 
 
 def apart(op: str, x: torch.Tensor, y: torch.Tensor) -> None:
-    """ValueError if memory between the first element of one and its last is the other's, too."""
-    spans = []
-    for t in (x, y):
-        elements = (t.shape[0] - 1) * t.stride(0) + t.shape[1] if t.numel() else 0
-        spans.append((t.data_ptr(), t.data_ptr() + elements * t.element_size()))
-    (x_start, x_end), (y_start, y_end) = spans
-    if x_start < y_end and y_start < x_end:
-        raise ValueError(f"{op}: y overlaps x, of which later slices read what earlier ones wrote: give y of its own")
+    """ValueError if one lies in the other, or between its rows."""
+    if overlap(x, y):
+        raise ValueError(
+            f"{op}: y overlaps x, or lies between its rows, and later slices read x when earlier ones are written: "
+            "give y memory of its own"
+        )
 
 
 def input_rows(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -167,7 +167,7 @@ def plan_fits(op: str, weight: torch.Tensor, layout: Sequence[int], arena: torch
         raise ValueError(
             f"{op}: the plan's arena has shape {tuple(arena.shape)}, but max_tokens, max_slots and has_offsets of "
             f"{list(layout)} make {plan_layout(*layout).size} elements: they must be of one LoraPlan. If torch.compile "
-            "or vLLM took this graph from a cache, it is that of another plan: empty it"
+            "or vLLM took this graph from a cache, it is of another plan: empty that cache"
         )
     max_slots = layout[1]
     if max_slots > weight.shape[0]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ops_patches.memory import overlap
+
 ID_DTYPES = (torch.int32, torch.int64)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
@@ -271,11 +273,6 @@ def room(op: str, hidden: torch.Tensor, out: torch.Tensor, **given: tuple[torch.
             if overlap(tensor, memory):
                 raise ValueError(f"{op}: {name} overlaps {other}: give memory of its own, or leave it out")
         taken[name] = tensor
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors with contiguous elements share memory."""
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def kernel_operands(op: str, activations: str, **tensors: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
+from .memory import extent
 from .replay import recorded, recording_to
 
 logger = logging.getLogger("lora_ops")
@@ -200,11 +201,3 @@ def _descriptor(base: int, offset: int, rest: dict, bases: list[int]) -> TensorD
 
 def _tuple(template: Template, bases: list[int]) -> tuple:
     return tuple(template(bases))
-
-
-def extent(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last one."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()

@@ -49,7 +49,8 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     Its arguments are tensors of one device, hashable values, and lists and tuples of both, by position. It launches
     kernels of `launch.prepared` on that device, which is the current one, and on the current stream; which ones, and
     with what, follows from the form alone. It waits for no event and changes no stream: a replay would not. Where it
-    makes torch run a kernel, or tensors overlap, it runs each time.
+    makes torch run a kernel, or tensors overlap in the first call of a form, it runs each time; a later one is not
+    looked at for what overlaps partly.
     """
     if INTERPRET:
         return function

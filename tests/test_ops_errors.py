@@ -108,7 +108,7 @@ def test_slots_beyond_int32():
     """A kernel's offsets in a slot would wrap around."""
     stride = 2**27
     weight = torch.empty(17 * stride, dtype=torch.float16, device="meta").as_strided((1, 17, 64), (0, stride, 1))
-    message = r"lora_b\[0\] has shape \(1, 17, 64\) and strides .*, but a slot may span 2147483647 elements"
+    message = r"lora_b\[0\] has shape \(1, 17, 64\) and strides .*, but a slot may span 2147483648 elements"
     with pytest.raises(ValueError, match=message):
         checks.flat_weights("lora_expand", "lora_b", [weight])
     assert checks.flat_weights("lora_expand", "lora_b", [weight[:, :16]])
@@ -145,7 +145,7 @@ def test_an_arena_of_another_layout():
     plan = arguments["plan"]
     tensors = [arguments[name] for name in ("y", "x", "lora_a", "lora_b")]
     with pytest.raises(
-        ValueError, match=r"arena has shape .* of \[64, 3, 0\] make .* they must be of one LoraPlan.* empty it"
+        ValueError, match=r"arena has shape .* of \[64, 3, 0\] make .* they must be of one LoraPlan.* empty that cache"
     ):
         torch.ops.lora_ops.lora_linear(*tensors, plan.arena, plan.counts, [64, L, 0], 1.0, 0, True)
 
@@ -180,7 +180,7 @@ def test_x_in_the_memory_of_y():
     lora_ops.lora_linear(memory, memory, a[:3], b[:3], plan)
     assert torch.equal(memory, expected)
     before = memory.clone()
-    with pytest.raises(ValueError, match="lora_linear: y overlaps x, of which later slices read"):
+    with pytest.raises(ValueError, match="lora_linear: y overlaps x, or lies between its rows"):
         lora_ops.lora_linear(memory, memory, a, b, plan)
     assert torch.equal(memory, before)
 

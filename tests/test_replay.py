@@ -18,7 +18,8 @@ from ops_configs import store
 from ops_patches import recording, replay
 from ops_patches.launch import Prepared
 from ops_patches.library import INTERPRET
-from ops_patches.recording import ALLOCATIONS, extent
+from ops_patches.memory import extent, overlap
+from ops_patches.recording import ALLOCATIONS
 from ops_patches.replay import add_form, recording_to, replayed
 
 from . import test_launch
@@ -174,6 +175,7 @@ BATCHES = {
     "moe, a plan of three launches": lambda: (MOE, (3000,), {}),
     "moe, in place": lambda: (MOE, (300,), {"in_place": True}),
     "moe, intermediates given": lambda: (MOE, (300,), {"room": True}),
+    "moe, fp8 blocks, intermediates given": lambda: (MOE, (300,), FP8_BLOCKS | {"room": True}),
     "moe, biases": lambda: (MOE, (300,), {"activation": "swiglu_oai", "interleaved": True, "bias": True}),
     "moe, fp8 blocks": lambda: (MOE, (300,), FP8_BLOCKS),
     "moe, fp8": lambda: (MOE, (300,), {"quant": "fp8_w8a8"}),
@@ -249,6 +251,24 @@ def test_extent():
     memory = torch.empty(4, 8, dtype=torch.int16)
     for tensor, size in ((memory, 64), (memory[:, :3], 54), (memory[1:2, ::2], 14), (memory[:0], 0), (memory.T, 64)):
         assert extent(tensor) == size
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (slice(0, 2), slice(1, 3), True),
+        (slice(0, 2), slice(2, 4), False),
+        (slice(0, 4), slice(2, 2), False),  # empty
+    ],
+)
+def test_overlap(a, b, expected):
+    memory = torch.empty(4, 8)
+    assert overlap(memory[a], memory[b]) == overlap(memory[b], memory[a]) == expected
+
+
+def test_rows_between_those_of_another_overlap():
+    memory = torch.empty(4, 8)
+    assert overlap(memory[:, :3], memory[:, 5:])
 
 
 class Counted:

@@ -548,7 +548,7 @@ def room(case: Case, hidden: torch.Tensor, more: int = 0) -> dict[str, torch.Ten
 @pytest.mark.parametrize("case", [Case("plain", left_out=0.2), WITHOUT_PLAN[0], Case("choice by choice", tokens=1)])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_intermediates_in_memory_that_is_given(case, compiled, device):
-    """The same bits; beyond what they need nothing is written, and both fill it, but of a few tokens."""
+    """The same bits; beyond what they need nothing is written, and nothing at all by a few tokens."""
     layer = make_layer(case, torch.float32, device)
     given = room(case, layer["hidden"], more=7)
 
@@ -588,6 +588,16 @@ def test_bad_memory_for_intermediates_is_named(change, message, device):
     given = room(case, layer["hidden"])
     with pytest.raises(ValueError, match=f"fused_experts: {message}"):
         moe_ops.fused_experts(**layer, **(given | change(given, layer["hidden"])))
+
+
+def test_memory_for_intermediates_between_the_rows_of_hidden_is_named(device):
+    case = Case("")
+    layer = make_layer(case, torch.float32, device)
+    needed = case.tokens * case.top_k * case.inner
+    memory = torch.zeros(case.tokens, needed, device=device)
+    layer["hidden"] = memory[:, : case.hidden].copy_(layer["hidden"])
+    with pytest.raises(ValueError, match="fused_experts: h overlaps hidden"):
+        moe_ops.fused_experts(**layer, h=memory.view(-1)[case.hidden :][:needed])
 
 
 def test_cuda_graph_follows_its_ids(dtype, device):
