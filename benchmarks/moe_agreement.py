@@ -41,7 +41,7 @@ from dataclasses import replace
 from math import nan
 from pathlib import Path
 
-from running import git_commit, make_results, now, positive, require
+from running import git_commit, now, positive, require
 from vllm_agreement import (
     AGREES,
     AS_NEAR,
@@ -59,6 +59,7 @@ from vllm_agreement import (
     check_compiled,
     environment,
     largest_batch,
+    make_out,
     noise_of,
     score,
     speed_rows,
@@ -459,9 +460,7 @@ def write_csv(options: argparse.Namespace, results: dict[str, dict], rows: list[
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    if not (options.variant or options.compare or options.process):
-        raise SystemExit("nothing to do: give --variant, --compare or both")
-    make_results(options.out)
+    make_out(options)
     if options.process:
         run = run_reference if options.process == "reference" else run_engine
         result_file(options, options.process).write_text(json.dumps(run(options)))

@@ -45,7 +45,7 @@ from moe_shapes import GRID, LAYERS, QUICK_TOKENS, ROUTINGS, TINY_TOKENS, TOKENS
 from moe_worker import Worker, WorkerError
 from rich.console import Console
 from rich.markup import escape
-from running import RESULTS, SEED, append_rows, between, git_commit, origin, positive, progress_bar, read_rows
+from running import RESULTS, SEED, add_pace, append_rows, git_commit, origin, positive, progress_bar, read_rows
 from timing import H200_CEILINGS, measured_ceilings
 
 ON_GPU = torch.cuda.is_available()
@@ -71,16 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder with SGLang's packages, for a second process; default: OPS_SPEED_SGLANG_SITE, else none",
     )
     add("--sweep-seconds", type=positive(float), default=6.0, help="most time for one sweep of a host's configs")
-    add(
-        "--workers",
-        type=between(int, 0),
-        default=min(16, os.cpu_count() or 1),
-        help="processes that compile ahead; 0: none",
-    )
-    add(
-        "--time-limit", type=between(float, 0), default=math.inf, metavar="SECONDS", help="stop cleanly after this long"
-    )
-    add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
+    add_pace(parser)
     add("--out", type=Path, help="folder of the CSV and plots; default: benchmarks/results/<GPU>, none without a GPU")
     add("--commit", help="commit to write into the rows; default: git's")
     add("--report", action="store_true", help="only print the tables and draw the plots, from the CSV")

@@ -23,7 +23,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -39,6 +38,7 @@ from rich.table import Table
 from running import (
     RESULTS,
     SEED,
+    add_pace,
     append_rows,
     between,
     git_commit,
@@ -109,16 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--none-fraction", type=float, default=0.0, help="share of requests without an adapter (rows of -1)")
     add("--seed", type=SEED, default=0)
     add("--sweep-seconds", type=positive(float), default=8.0, help="most time for one sweep of a host's configs")
-    add(
-        "--workers",
-        type=between(int, 0),
-        default=min(16, os.cpu_count() or 1),
-        help="processes that compile ahead; 0: none",
-    )
-    add(
-        "--time-limit", type=between(float, 0), default=math.inf, metavar="SECONDS", help="stop cleanly after this long"
-    )
-    add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
+    add_pace(parser)
     add(
         "--out",
         type=Path,

@@ -8,6 +8,7 @@ import csv
 import datetime
 import importlib.util
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -30,32 +31,46 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def positive(kind):
     """An argparse type: a number of this kind above 0."""
+    return _number(kind, lambda value: "" if value > 0 else "not above 0")
+
+
+def between(kind, least: float, most: float = math.inf):
+    """An argparse type: a number of this kind from least to most."""
+
+    def wrong(value) -> str:
+        if value > most:
+            return f"above {most}"
+        return "" if value >= least else f"not {least} or more"
+
+    return _number(kind, wrong)
+
+
+def _number(kind, wrong: Callable[..., str]):
+    """An argparse type: a number of this kind; `wrong` says what it is that it must not be, if so."""
 
     def read(text: str):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if problem := wrong(value):
+            raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
 
     read.__name__ = kind.__name__  # argparse names it for what is no number
     return read
 
 
-def between(kind, least: float, most: float = math.inf):
-    """An argparse type: a number of this kind from least to most."""
-
-    def read(text: str):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is {f'above {most}' if value > most else f'not {least} or more'}")
-        return value
-
-    read.__name__ = kind.__name__
-    return read
-
-
 SEED = between(int, 0, 2**32 - 1)
 """An argparse type: a seed that numpy and torch take."""
+
+
+def add_pace(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a long list of measurements: --workers, --time-limit and --resume."""
+    add = parser.add_argument
+    cores = min(16, os.cpu_count() or 1)
+    add("--workers", type=between(int, 0), default=cores, help="processes that compile ahead; 0: none")
+    add(
+        "--time-limit", type=between(float, 0), default=math.inf, metavar="SECONDS", help="stop cleanly after this long"
+    )
+    add("--resume", action="store_true", help="leave out what the CSV already holds for this commit")
 
 
 def git_commit() -> str:

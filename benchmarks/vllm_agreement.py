@@ -669,12 +669,21 @@ def write_csv(options: argparse.Namespace, results: dict[str, dict], records: li
             writer.writerow([*setting, variant, metric, requests, *numbers, *versions])
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    options = parse(argv)
+def make_out(options: argparse.Namespace) -> None:
+    """Make the folder of the results.
+
+    Raises:
+        SystemExit: there is nothing to do, or nothing can be written there.
+    """
     if not (options.variant or options.compare or options.process):
         raise SystemExit("nothing to do: give --variant, --compare or both")
     make_results(options.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    make_out(options)
     if options.process:
         run = run_reference if options.process == "reference" else run_engine
         result = run(options) | {

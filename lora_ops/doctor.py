@@ -18,14 +18,13 @@ from rich.table import Table
 
 from ops_configs import lora, moe, store
 from ops_patches import debug, state
-from ops_patches.engine import UNPATCHED, PatchSet
+from ops_patches.engine import PREFIXES, UNPATCHED, PatchSet
 from ops_patches.sglang_moe import SGLANG_MOE
 from ops_patches.vllm_lora import VLLM_LORA
 from ops_patches.vllm_moe import VLLM_MOE
 
 PATCHES = (VLLM_LORA, VLLM_MOE, SGLANG_MOE)
 DISTRIBUTIONS = ("serving-ops", "torch", "triton", "numba", *VLLM_LORA.hosts, *SGLANG_MOE.hosts, "transformers", "peft")
-PREFIXES = ("LORA_OPS_", "MOE_OPS_")
 STATUS_FIELDS = {"host", "version", "patched", "reasons", "targets", "never_fired", "counters"}
 """Of `PatchSet.status`, that are read here."""
 VARIABLES = {

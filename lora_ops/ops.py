@@ -328,7 +328,7 @@ def linear_beside(
 def _check_shrink_rows(op: str, x, weight, out) -> None:
     checks.shrink_rank(op, weight)
     checks.input_rows(op, x, weight)
-    checks.output(op, "out", out, weight.device, weight.shape[1])
+    checks.matrix(op, "out", out, weight.device, weight.shape[1])
     checks.shrink_output(op, out)
     checks.same_rows(op, x=x.shape[0], out=out.shape[0])
 

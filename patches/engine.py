@@ -343,7 +343,7 @@ class PatchSet:
             "reasons": list(self._reasons),
             "targets": {row.target: self._fired[row.target] for row in self._rows},
             "never_fired": [row.target for row in self._rows if not row.only_when and not self._fired[row.target]],
-            "counters": counters.snapshot(self.entry_point[1]),
+            "counters": counters.snapshot(self._library),
             **self.extras(),
             "environment": {name: os.environ.get(name) for name in (self.env, self.allowlist, state.STATUS_DIR)},
         }

@@ -48,8 +48,8 @@ def publish(force: bool = False) -> None:
     """Write this process's status file: now with `force`, else in a thread of its own, at most once a second.
 
     Whoever serves never waits for a disk, and the file never lags more than a second: what is counted after a write,
-    such as the rest of a step, is written by another. Does nothing before something is
-    registered. A folder that cannot be written is one warning, never an error, and is tried again the next time.
+    such as the rest of a step, is written by another. Does nothing before something is registered. A folder that cannot
+    be written is one warning, never an error, and is tried again the next time.
     """
     global _pending
     if not _providers:

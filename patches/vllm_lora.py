@@ -85,13 +85,9 @@ def _run_lora_beside(original: Callable) -> Callable:
 
 @functools.cache
 def sources_hash() -> str:
-    """SHA-256 of the Python sources whose constants a traced graph may hold: lora_ops, the configs and the patches."""
-    digest = hashlib.sha256()
-    for package in ("lora_ops", "ops_configs", "ops_patches"):
-        folder = Path(importlib.util.find_spec(package).origin).parent
-        for source in sorted(folder.rglob("*.py")):
-            digest.update(f"{package}/{source.relative_to(folder)}\n".encode() + source.read_bytes())
-    return digest.hexdigest()
+    """Hash of the Python sources whose constants a traced graph may hold: lora_ops, the configs and the patches."""
+    packages = map(importlib.util.find_spec, ("lora_ops", "ops_configs", "ops_patches"))
+    return store.sources_hash(*(Path(package.origin).parent for package in packages))
 
 
 _WRAPPER_WHY = "The one seam that every LoRA layer goes through: the class is resolved from this name once per model."
